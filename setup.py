@@ -1,0 +1,61 @@
+from glob import glob
+
+from setuptools import find_packages, setup
+
+package_name = 'stream3r_ros'
+
+setup(
+    name=package_name,
+    version='0.1.0',
+    packages=find_packages(
+        include=['stream3r_core', 'stream3r_core.*', 'stream3r_ros', 'stream3r_ros.*']
+    ),
+    package_data={'stream3r_core': ['weights/*']},
+    data_files=[
+        ('share/ament_index/resource_index/packages', ['resource/' + package_name]),
+        ('share/' + package_name, ['package.xml']),
+        ('share/' + package_name + '/launch', glob('launch/*.launch.py')),
+        ('share/' + package_name + '/config', [f for f in glob('config/*') if '.' in f]),
+        ('share/' + package_name + '/config/training', glob('config/training/*')),
+    ],
+    python_requires='>=3.10',
+    install_requires=[
+        'setuptools',
+        'torch>=2.5',
+        'numpy',
+        'safetensors',
+        'huggingface_hub',
+        'pyyaml',
+        'pillow',
+        'opencv-python-headless',
+        'rosbags>=0.11',
+        'tqdm',
+        'matplotlib',
+        'evo',
+    ],
+    extras_require={
+        'test': ['pytest', 'hypothesis', 'ruff'],
+        'gpu': ['triton', 'flash-attn'],
+        'open3d': ['open3d'],
+        'viewer': ['viser'],
+        'train': ['accelerate', 'tensorboard'],
+        'ray': ['ray'],
+        # Real ROS 2 (Jazzy) for machines without a ROS installation; x86_64 only.
+        'ros': [
+            'ros-rclpy[fastrtps]==7.1.6',
+            'ros-std-msgs==5.3.6',
+            'ros-geometry-msgs==5.3.6',
+            'ros-sensor-msgs==5.3.6',
+            'ros-nav-msgs==5.3.6',
+            'ros-diagnostic-msgs==5.3.6',
+            'ros-visualization-msgs==5.3.6',
+            'ros-std-srvs==5.3.6',
+        ],
+    },
+    zip_safe=False,
+    maintainer='stream3r_ros developers',
+    maintainer_email='stream3r_ros@users.noreply.github.com',
+    description='Live dense 3D mapping and camera tracking from one camera',
+    license='Apache-2.0',
+    entry_points={'console_scripts': ['stream3r = stream3r_ros.cli:main']},
+)

@@ -1,0 +1,64 @@
+"""The small interface between the network and a cache policy.
+
+The network hands over the new keys and values of a layer and attends to whatever it gets back; it
+knows nothing of the policy. All frames of one call must pass through every layer before
+:meth:`KVCache.commit` ends the step.
+"""
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Attended(NamedTuple):
+    """Keys and values that the new queries attend to, without any further mask."""
+
+    k: Tensor  # [1, heads, N, head_dim]
+    v: Tensor  # [1, heads, N, head_dim]
+    bias: Tensor | None = None  # [1, heads, 1, N] added to the logits; None = zero
+
+
+class KVCache(ABC):
+    """A bounded or growing store of keys and values of several attention layers."""
+
+    #: The network must hand the attention column sums of each layer to :meth:`record`.
+    needs_column_sums: bool = False
+    #: The network must hand world points of the new tokens to :meth:`commit`.
+    needs_points: bool = False
+
+    @abstractmethod
+    def update(self, layer: int, k: Tensor, v: Tensor) -> Attended:
+        """Append ``k``, ``v`` [1, heads, n, head_dim] of new tokens and return what they see."""
+
+    def record(self, layer: int, column_sums: Tensor) -> None:  # noqa: B027 - optional hook
+        """Take the column sums [1, heads, N] of the attention over the last :meth:`update`."""
+
+    @abstractmethod
+    def commit(
+        self, num_frames: int, points: Tensor | None = None, conf: Tensor | None = None
+    ) -> None:
+        """End the step of ``num_frames`` new frames: evict what the policy does not keep.
+
+        ``points`` [num_frames, H, W, 3] are world points of the new frames at network size and
+        ``conf`` [num_frames, H, W] their confidence (>= 1), for policies with ``needs_points``.
+        """
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forget all tokens; allocated memory is kept."""
+
+    @property
+    @abstractmethod
+    def num_tokens(self) -> int:
+        """Tokens that the next frame will find, per layer and head."""
+
+    @property
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """Bytes of the live keys and values, all layers together."""
+
+    @property
+    @abstractmethod
+    def capacity_bytes(self) -> int:
+        """Bytes allocated for the cache, live or not."""

@@ -1,0 +1,302 @@
+"""One configuration tree: frozen dataclasses whose dotted names serve Python, YAML and ROS.
+
+Every leaf carries its default, and its meaning in ``field(metadata={'help': ...})`` so that ROS
+parameter descriptors and documentation are made from the same text.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from stream3r_core.errors import ConfigError
+
+T = TypeVar('T')
+
+
+def option(default: Any, help: str, **limits: Any) -> Any:
+    """Declare a leaf: default, help text and optional ``choices``, ``minimum``, ``maximum``."""
+    unknown = set(limits) - {'choices', 'minimum', 'maximum', 'live'}
+    if unknown:
+        raise TypeError(f'unknown option limits {sorted(unknown)}')
+    return field(default=default, metadata={'help': help, **limits})
+
+
+@dataclass(frozen=True)
+class TrackConfig:
+    """Sizes of the point-track head (StreamVGGT and VGGT checkpoints only)."""
+
+    features: int = 128
+    corr_levels: int = 7
+    corr_radius: int = 4
+    hidden_size: int = 384
+    depth: int = 6
+    num_heads: int = 8
+    num_virtual_tracks: int = 64
+    stride: int = 2
+    iters: int = 4
+    max_scale: int = 518
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of the network; the defaults are those of the published STream3R checkpoint."""
+
+    img_size: int = 518  # side of the stored positional grid, pixels
+    patch_size: int = 14
+    embed_dim: int = 1024
+    depth: int = 24  # frame blocks, and as many global blocks
+    num_heads: int = 16
+    num_register_tokens: int = 4
+    rope_freq: float = 100
+    mlp_ratio: float = 4
+    encoder: str = 'dinov2'  # or 'conv', the small convolutional stem of the tiny preset
+    dino_depth: int = 24
+    dino_heads: int = 16
+    camera_trunk_depth: int = 4
+    camera_heads: int = 16
+    camera_iterations: int = 4
+    dpt_features: int = 256
+    dpt_out_channels: tuple[int, ...] = (256, 512, 1024, 1024)
+    dpt_layers: tuple[int, ...] = (4, 11, 17, 23)
+    dpt_head_features_2: int = 32
+    track: TrackConfig | None = None
+
+    def __post_init__(self):
+        if self.embed_dim % self.num_heads or self.embed_dim // self.num_heads % 4:
+            raise ConfigError(
+                f'embed_dim {self.embed_dim} with num_heads {self.num_heads}: the head width must '
+                'be a whole multiple of 4 (2-D rotary positions); change one of them'
+            )
+        if 2 * self.embed_dim % self.camera_heads:
+            raise ConfigError(
+                f'camera_heads {self.camera_heads} does not divide the width {2 * self.embed_dim}'
+            )
+        if len(self.dpt_layers) != 4 or len(self.dpt_out_channels) != 4:
+            raise ConfigError('dpt_layers and dpt_out_channels need exactly 4 entries each')
+        if not all(0 <= tap < self.depth for tap in self.dpt_layers):
+            raise ConfigError(f'dpt_layers {self.dpt_layers} must lie in 0..{self.depth - 1}')
+        if self.encoder not in ('dinov2', 'conv'):
+            raise ConfigError(f"encoder must be 'dinov2' or 'conv', got {self.encoder!r}")
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head of the aggregator."""
+        return self.embed_dim // self.num_heads
+
+    @property
+    def num_special_tokens(self) -> int:
+        """Camera and register tokens in front of the patch tokens of each frame."""
+        return 1 + self.num_register_tokens
+
+    def tokens_per_frame(self, height: int, width: int) -> int:
+        """Tokens of one frame of ``height`` x ``width`` pixels (multiples of the patch size)."""
+        return self.num_special_tokens + (height // self.patch_size) * (width // self.patch_size)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> 'ModelConfig':
+        """Build from the names above; a ``track`` mapping means a track head."""
+        return from_dict(cls, values)
+
+
+PRESETS: dict[str, ModelConfig] = {
+    'stream3r': ModelConfig(),
+    'streamvggt': ModelConfig(track=TrackConfig()),
+    'tiny': ModelConfig(
+        img_size=112,
+        patch_size=8,
+        embed_dim=192,
+        depth=4,
+        num_heads=3,
+        encoder='conv',
+        camera_trunk_depth=2,
+        camera_heads=6,
+        dpt_features=48,
+        dpt_out_channels=(48, 96, 192, 192),
+        dpt_layers=(0, 1, 2, 3),
+        dpt_head_features_2=16,
+    ),
+}
+
+
+def model_config(preset_or_config: 'str | ModelConfig | Mapping[str, Any]') -> ModelConfig:
+    """Resolve a preset name, a mapping or a ready configuration."""
+    if isinstance(preset_or_config, ModelConfig):
+        return preset_or_config
+    if isinstance(preset_or_config, Mapping):
+        return ModelConfig.from_dict(preset_or_config)
+    if preset_or_config not in PRESETS:
+        raise ConfigError(
+            f'unknown preset {preset_or_config!r}; known: {", ".join(sorted(PRESETS))}'
+        )
+    return PRESETS[preset_or_config]
+
+
+@dataclass(frozen=True)
+class WeightsConfig:
+    """Which network, which weights, where they run."""
+
+    preset: str = option('tiny', 'network preset', choices=('tiny', 'stream3r', 'streamvggt'))
+    weights: str = option(
+        '', "Hugging Face id, folder or file; '' = shipped with the preset; 'random' = untrained"
+    )
+    revision: str = option('', 'revision on the Hugging Face hub; empty = main')
+    device: str = option('auto', "torch device: 'auto', 'cpu', 'cuda', 'cuda:1'")
+    dtype: str = option(
+        'auto', 'precision of the transformer', choices=('auto', 'float32', 'bfloat16', 'float16')
+    )
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """How a camera image is brought onto the patch grid."""
+
+    long_side: int = option(
+        0, 'longer side of the network image in pixels; 0 = the preset size', minimum=0
+    )
+    fit: str = option(
+        'crop',
+        "published loaders: 'crop', 'pad', and 'eval' of the evaluations",
+        choices=('crop', 'pad', 'eval'),
+    )
+
+
+@dataclass(frozen=True)
+class SessionConfig:
+    """How the stream is attended to."""
+
+    mode: str = option('window', 'attention over the past', choices=('causal', 'window', 'full'))
+    window: int = option(5, 'recent frames kept beside the anchor frame (mode window)', minimum=1)
+    window_rule: str = option(
+        'published',
+        "'published': anchor + K past frames + the current; 'exact': K counts the current one",
+        choices=('published', 'exact'),
+    )
+    camera_cache: str = option(
+        'per_iteration',
+        "'per_iteration': equals the batch pass; 'shared': the published StreamVGGT streaming",
+        choices=('per_iteration', 'shared'),
+    )
+    max_frames: int = option(
+        0, 'mode causal: refuse to grow beyond this many frames; 0 = until memory ends', minimum=0
+    )
+
+
+@dataclass(frozen=True)
+class MappingConfig:
+    """The accumulated, voxel-hashed point map."""
+
+    source: str = option(
+        'depth',
+        "'depth': depth unprojected with the pose; 'points': the point head",
+        choices=('depth', 'points'),
+    )
+    voxel_size: float = option(
+        0.0, 'voxel edge in map units; 0 = voxel_fraction of the first median depth', minimum=0.0
+    )
+    voxel_fraction: float = option(
+        0.01,
+        'voxel edge as a fraction of the median depth of the first frame',
+        minimum=1e-5,
+        maximum=1.0,
+    )
+    max_points: int = option(2_000_000, 'point budget of the map', minimum=1)
+    min_confidence: float = option(
+        1.5, 'points below this confidence (1 = none) stay out of the map', minimum=1.0, live=True
+    )
+    confidence_quantile: float = option(
+        0.2,
+        'the least confident fraction of each frame stays out of the map',
+        minimum=0.0,
+        maximum=0.99,
+        live=True,
+    )
+    edge_ratio: float = option(
+        0.05,
+        'drop pixels whose depth jumps by more than this fraction to a neighbour; 0 = keep',
+        minimum=0.0,
+    )
+    max_depth: float = option(
+        0.0, 'drop points farther than this, map units; 0 = no limit', minimum=0.0
+    )
+
+
+@dataclass(frozen=True)
+class CoreConfig:
+    """Everything the core reads: the root of the tree that node, replay and demo share."""
+
+    model: WeightsConfig = field(default_factory=WeightsConfig)
+    image: ImageConfig = field(default_factory=ImageConfig)
+    session: SessionConfig = field(default_factory=SessionConfig)
+    mapping: MappingConfig = field(default_factory=MappingConfig)
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any], path: str = '') -> T:
+    """Build the dataclass ``cls`` from nested mappings, refusing unknown keys and bad values."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f'{path or cls.__name__}: expected a mapping of options, got {values!r}')
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        where = f' in {path}' if path else ''
+        raise ConfigError(f'unknown option {unknown[0]!r}{where}; known: {", ".join(fields)}')
+    hints = typing.get_type_hints(cls)
+    kwargs = {}
+    for name, value in values.items():
+        dotted = f'{path}.{name}' if path else name
+        kwargs[name] = _convert(hints[name], value, dotted)
+        _check_limits(fields[name], kwargs[name], dotted)
+    return cls(**kwargs)
+
+
+def _convert(hint: Any, value: Any, dotted: str) -> Any:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        hint = next(a for a in typing.get_args(hint) if a is not type(None))
+        return _convert(hint, value, dotted)
+    if dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else from_dict(hint, value, dotted)
+    if origin is tuple:
+        if isinstance(value, str) or not hasattr(value, '__iter__'):
+            raise ConfigError(f'{dotted}: expected a list, got {value!r}')
+        item = typing.get_args(hint)[0]
+        return tuple(_convert(item, v, dotted) for v in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
+        raise ConfigError(f'{dotted}: expected {hint.__name__}, got {value!r}')
+    return value
+
+
+def _check_limits(f: dataclasses.Field, value: Any, dotted: str) -> None:
+    choices, low, high = (f.metadata.get(k) for k in ('choices', 'minimum', 'maximum'))
+    if choices is not None and value not in choices:
+        raise ConfigError(
+            f'{dotted}: expected one of {", ".join(map(str, choices))}, got {value!r}'
+        )
+    too_low = low is not None and not value >= low  # written so that NaN is refused
+    too_high = high is not None and not value <= high
+    if too_low or too_high:
+        bounds = f'>= {low}' if high is None else f'in {low}..{high}'
+        raise ConfigError(f'{dotted}: expected a value {bounds}, got {value!r}')
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return the nested plain mapping of a configuration, ready for YAML or JSON."""
+    return dataclasses.asdict(config)
+
+
+def flatten(config: Any, prefix: str = '') -> dict[str, Any]:
+    """Return dotted leaf names and values, the spelling of ROS parameters."""
+    leaves = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            leaves.update(flatten(value, f'{prefix}{f.name}.'))
+        else:
+            leaves[prefix + f.name] = value
+    return leaves

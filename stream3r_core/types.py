@@ -1,0 +1,58 @@
+"""Frozen records that cross module borders, with shape, unit and frame of every field."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from stream3r_core.image import ImageGeometry
+
+
+@dataclass(frozen=True)
+class FramePrediction:
+    """What the network says about one frame.
+
+    The world frame is the camera frame of the first frame of the session (OpenCV axes: x right,
+    y down, z forward), up to the network's error. All lengths share one arbitrary scale unless the
+    network is metric. Tensors stay on the network's device; :meth:`to` moves them.
+    """
+
+    index: int  # frames since the last reset, from 0
+    stamp_ns: int | None  # the caller's stamp, untouched
+    T_world_camera: Tensor  # [4, 4] float32, camera to world
+    K: Tensor  # [3, 3] float32, pixels of the maps below
+    rgb: Tensor  # [H, W, 3] uint8, the image that the network saw
+    depth: Tensor  # [H, W] float32, along the optical axis, scene units
+    depth_conf: Tensor  # [H, W] float32, >= 1
+    world_points: Tensor | None  # [H, W, 3] float32, world frame, scene units; None: not computed
+    world_points_conf: Tensor | None  # [H, W] float32, >= 1
+    geometry: ImageGeometry  # camera pixels <-> network pixels
+
+    def to(self, device) -> 'FramePrediction':
+        """Return the prediction with every tensor on ``device``."""
+        moved = {
+            f.name: value.to(device)
+            for f in dataclasses.fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return dataclasses.replace(self, **moved)
+
+    def at_camera_resolution(self) -> 'FramePrediction':
+        """Return the prediction resampled to the camera's own pixels, NaN outside a crop.
+
+        Depth is taken from the nearest network pixel, so that no depth between two surfaces is
+        invented; ``K`` becomes that of the camera image, ``rgb`` is resampled likewise.
+        """
+        sample = self.geometry.to_camera
+        return dataclasses.replace(
+            self,
+            K=self.geometry.camera_K(self.K),
+            rgb=sample(self.rgb, fill=0),
+            depth=sample(self.depth),
+            depth_conf=sample(self.depth_conf),
+            world_points=None if self.world_points is None else sample(self.world_points),
+            world_points_conf=None
+            if self.world_points_conf is None
+            else sample(self.world_points_conf),
+            geometry=self.geometry.identity(),
+        )
