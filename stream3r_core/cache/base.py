@@ -45,6 +45,10 @@ class KVCache(ABC):
         """
 
     @abstractmethod
+    def rollback(self) -> None:
+        """Drop what was updated since the last commit: the step failed, the stream goes on."""
+
+    @abstractmethod
     def reset(self) -> None:
         """Forget all tokens; allocated memory is kept."""
 

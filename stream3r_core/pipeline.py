@@ -1,0 +1,83 @@
+"""From image to pose, depth and map: the one path that node, replay and demo share."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from stream3r_core.checkpoints import load_model
+from stream3r_core.config import CoreConfig, WeightsConfig
+from stream3r_core.errors import ConfigError
+from stream3r_core.mapping import VoxelMap
+from stream3r_core.session import StreamSession
+from stream3r_core.types import FramePrediction
+
+
+class Reconstructor:
+    """A streaming session and the map that its frames build."""
+
+    def __init__(self, model, config: CoreConfig):
+        self.config = config
+        self.session = StreamSession(
+            model,
+            **dataclasses.asdict(config.session),
+            image=config.image,
+            outputs=('depth', 'points') if config.mapping.source == 'points' else ('depth',),
+        )
+        self.map = VoxelMap(config.mapping)
+
+    def process(self, image, stamp_ns: int | None = None, K=None) -> FramePrediction:
+        """Track one camera image and add it to the map; return its prediction, on the CPU.
+
+        Arguments and errors as :meth:`StreamSession.step`. An image that cannot be used changes
+        neither session nor map.
+        """
+        prediction = self.session.step(image, stamp_ns, K).to('cpu')
+        self.map.integrate(prediction)
+        return prediction
+
+    def reset(self, keep_map: bool = False) -> None:
+        """Start a new session, whose first frame is the new world frame, and clear the map."""
+        self.session.reset()
+        if not keep_map:
+            self.map.clear()
+
+
+def load_configured_model(config: WeightsConfig):
+    """Load the network that a configuration names, on the device and in the type it asks for."""
+    device = resolve_device(config.device)
+    return load_model(
+        config.preset,
+        weights=config.weights or None,
+        revision=config.revision or None,
+        device=device,
+        dtype=resolve_dtype(config.dtype, device),
+    )
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the torch device for ``name``; ``'auto'`` takes the GPU when there is one."""
+    if name == 'auto':
+        return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"model.device: {name!r} is no torch device; try 'cpu' or 'cuda'"
+        ) from error
+    if device.type == 'cuda' and not torch.cuda.is_available():
+        raise ConfigError(
+            f'model.device: {name!r} was asked for, but this torch ({torch.__version__}) sees no '
+            "CUDA device; use 'cpu' or install the CUDA build"
+        )
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the precision for ``name``; ``'auto'``: float32 on the CPU, the fast half on a GPU."""
+    if name != 'auto':
+        return getattr(torch, name)
+    if device.type != 'cuda':
+        return torch.float32
+    fast_bfloat16 = torch.cuda.get_device_capability(device)[0] >= 8
+    return torch.bfloat16 if fast_bfloat16 else torch.float16
