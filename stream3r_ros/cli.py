@@ -6,8 +6,9 @@ A command is a module with ``add_arguments(parser)`` and ``run(args) -> int``. W
 
 import argparse
 import sys
+from collections.abc import Sequence
 from importlib import import_module
-from typing import NamedTuple, Sequence
+from typing import NamedTuple
 
 from stream3r_core.errors import Stream3rError
 
@@ -21,12 +22,8 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    'demo': Command(
-        'stream3r_ros.demo', 'the whole system on a sample sequence or your own', True
-    ),
-    'replay': Command(
-        'stream3r_ros.replay', 'reconstruct a bag, video or images offline, losing no frame'
-    ),
+    'demo': Command('stream3r_ros.demo', 'the whole system on a sample or your own input', True),
+    'replay': Command('stream3r_ros.replay', 'reconstruct a bag, video or images offline'),
     'node': Command('stream3r_ros.node', 'run the ROS 2 node', True),
     'interfaces': Command('stream3r_ros.interfaces', 'build tf2_msgs where ROS 2 comes as wheels'),
 }
@@ -67,7 +64,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _split_ros_args(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Split off every ``--ros-args ... [--]``; a bare flag, as ROS launchers append it, is dropped."""
+    """Split off every ``--ros-args ... [--]``; a bare flag, as launchers append it, is dropped."""
     own, ros_args, in_ros = [], [], False
     for word in argv:
         if word == '--ros-args':
