@@ -1,7 +1,6 @@
 """From image to pose, depth and map: the one path that node, replay and demo share."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -74,7 +73,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the precision for ``name``; ``'auto'``: float32 on the CPU, the fast half on a GPU."""
+    """Return the precision for ``name``; ``'auto'``: float32 on the CPU, half on a GPU."""
     if name != 'auto':
         return getattr(torch, name)
     if device.type != 'cuda':

@@ -38,7 +38,8 @@ class DenseCache(SlotCache):
         if self.max_frames:
             raise CacheError(
                 f'the causal cache is full: it holds {self.max_frames} frames '
-                '(session.max_frames); raise the limit, reset the session, or use a bounded mode such as window'
+                '(session.max_frames); raise the limit, reset the session, or use a bounded '
+                'mode such as window'
             )
         self._storage[layer] = self._grown(old, int(slots * GROWTH) + 1)
 

@@ -46,7 +46,7 @@ def test_dense_with_a_limit_never_reallocates_and_refuses_the_frame_beyond():
     pointer = cache.frames(0)[0].shape, cache._storage[0].data_ptr()
     run(cache, 2, start=1)
     assert cache._storage[0].data_ptr() == pointer[1]
-    with pytest.raises(CacheError, match=r'holds 3 frames.*full'):
+    with pytest.raises(CacheError, match='holds 3 frames'):
         run(cache, 1, start=3)
     assert cache.num_tokens == 3 * TOKENS
     cache.reset()
