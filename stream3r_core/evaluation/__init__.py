@@ -1,0 +1,1 @@
+"""Metrics, dataset readers, suites and reports; see the modules."""
