@@ -1,0 +1,215 @@
+"""Arrays to ROS messages: one layout of each message, for rclpy and for bags without ROS.
+
+:class:`MessageFactory` fills the fields; :func:`rclpy_messages` and :func:`rosbags_messages` give
+it the classes of either library, so that node and replay cannot differ in what they say.
+"""
+
+import array
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import torch
+
+from stream3r_core.geometry import matrix_to_quat_xyzw
+
+FLOAT32 = 7  # sensor_msgs/PointField.FLOAT32
+POINT = np.dtype([('x', '<f4'), ('y', '<f4'), ('z', '<f4'), ('rgb', '<u4'), ('confidence', '<f4')])
+
+
+class MessageFactory:
+    """Build messages from arrays; all stamps are integer nanoseconds, all lengths metres.
+
+    ``T_a_b`` is the pose of frame b in frame a, [4, 4].
+    """
+
+    def __init__(
+        self,
+        message_class: Callable[[str], type],
+        sequence: Callable[[np.ndarray], Any],
+        serialize: Callable[[Any], bytes],
+    ):
+        """Take the three things in which the libraries differ.
+
+        Args:
+            message_class: class of a type such as 'sensor_msgs/msg/Image'.
+            sequence: a numpy array as the value of an unbounded array field.
+            serialize: CDR bytes of a message.
+        """
+        self._class = message_class
+        self._sequence = sequence
+        self.serialize = serialize
+
+    def header(self, stamp_ns: int, frame_id: str) -> Any:
+        """Return a std_msgs/Header."""
+        sec, nanosec = divmod(stamp_ns, 10**9)
+        stamp = self._make('builtin_interfaces/msg/Time', sec=sec, nanosec=nanosec)
+        return self._make('std_msgs/msg/Header', stamp=stamp, frame_id=frame_id)
+
+    def transform(
+        self, T_parent_child: np.ndarray, stamp_ns: int, parent_frame: str, child_frame: str
+    ) -> Any:
+        """Return a geometry_msgs/TransformStamped."""
+        translation, rotation = self._rigid('Vector3', T_parent_child)
+        return self._make(
+            'geometry_msgs/msg/TransformStamped',
+            header=self.header(stamp_ns, parent_frame),
+            child_frame_id=child_frame,
+            transform=self._make(
+                'geometry_msgs/msg/Transform', translation=translation, rotation=rotation
+            ),
+        )
+
+    def tf(self, transforms: Sequence[Any]) -> Any:
+        """Return a tf2_msgs/TFMessage of transforms."""
+        return self._make('tf2_msgs/msg/TFMessage', transforms=list(transforms))
+
+    def pose(self, T_frame_body: np.ndarray, stamp_ns: int, frame_id: str) -> Any:
+        """Return a geometry_msgs/PoseStamped."""
+        position, orientation = self._rigid('Point', T_frame_body)
+        return self._make(
+            'geometry_msgs/msg/PoseStamped',
+            header=self.header(stamp_ns, frame_id),
+            pose=self._make('geometry_msgs/msg/Pose', position=position, orientation=orientation),
+        )
+
+    def path(self, poses: Sequence[Any], stamp_ns: int, frame_id: str) -> Any:
+        """Return a nav_msgs/Path of stamped poses, each with its own stamp."""
+        header = self.header(stamp_ns, frame_id)
+        return self._make('nav_msgs/msg/Path', header=header, poses=list(poses))
+
+    def float_image(self, values: np.ndarray, stamp_ns: int, frame_id: str) -> Any:
+        """Return a 32FC1 sensor_msgs/Image of ``values`` [H, W]; depth: metres, NaN = invalid."""
+        return self._image('32FC1', values.astype('<f4', copy=False), stamp_ns, frame_id)
+
+    def rgb_image(self, rgb: np.ndarray, stamp_ns: int, frame_id: str) -> Any:
+        """Return an rgb8 sensor_msgs/Image of ``rgb`` [H, W, 3] uint8."""
+        return self._image('rgb8', rgb, stamp_ns, frame_id)
+
+    def compressed_image(self, data: bytes, format: str, stamp_ns: int, frame_id: str) -> Any:
+        """Return a sensor_msgs/CompressedImage of an encoded picture ('jpeg' or 'png')."""
+        return self._make(
+            'sensor_msgs/msg/CompressedImage',
+            header=self.header(stamp_ns, frame_id),
+            format=format,
+            data=self._sequence(np.frombuffer(data, np.uint8)),
+        )
+
+    def camera_info(
+        self, K: np.ndarray, height: int, width: int, stamp_ns: int, frame_id: str
+    ) -> Any:
+        """Return the sensor_msgs/CameraInfo of an image without distortion; K [3, 3] in pixels."""
+        K = np.asarray(K, dtype=np.float64)
+        return self._make(
+            'sensor_msgs/msg/CameraInfo',
+            header=self.header(stamp_ns, frame_id),
+            height=height,
+            width=width,
+            distortion_model='plumb_bob',
+            d=self._sequence(np.zeros(5)),
+            k=K.ravel(),
+            r=np.eye(3).ravel(),
+            p=np.hstack([K, np.zeros((3, 1))]).ravel(),
+            binning_x=0,
+            binning_y=0,
+            roi=self._make(
+                'sensor_msgs/msg/RegionOfInterest',
+                x_offset=0,
+                y_offset=0,
+                height=0,
+                width=0,
+                do_rectify=False,
+            ),
+        )
+
+    def cloud(
+        self,
+        points_xyz: np.ndarray,  # [N, 3]
+        colors_rgb: np.ndarray,  # [N, 3] uint8
+        confidence: np.ndarray,  # [N]
+        stamp_ns: int,
+        frame_id: str,
+    ) -> Any:
+        """Return an unorganised sensor_msgs/PointCloud2 of finite points.
+
+        Fields x, y, z, rgb and confidence of 4 bytes each; ``rgb`` is 0x00RRGGBB declared as a
+        float, which is what RViz and PCL read.
+        """
+        packed = np.empty(len(points_xyz), POINT)
+        packed.view('<f4').reshape(-1, 5)[:, :3] = points_xyz
+        red, green, blue = colors_rgb.astype(np.uint32).T
+        packed['rgb'] = red << 16 | green << 8 | blue
+        packed['confidence'] = confidence
+        return self._make(
+            'sensor_msgs/msg/PointCloud2',
+            header=self.header(stamp_ns, frame_id),
+            height=1,
+            width=len(packed),
+            fields=[self._point_field(name) for name in POINT.names],
+            is_bigendian=False,
+            point_step=POINT.itemsize,
+            row_step=packed.nbytes,
+            data=self._sequence(packed.view(np.uint8)),
+            is_dense=True,
+        )
+
+    def _make(self, type_name: str, **fields: Any) -> Any:
+        return self._class(type_name)(**fields)
+
+    def _image(self, encoding: str, pixels: np.ndarray, stamp_ns: int, frame_id: str) -> Any:
+        return self._make(
+            'sensor_msgs/msg/Image',
+            header=self.header(stamp_ns, frame_id),
+            height=pixels.shape[0],
+            width=pixels.shape[1],
+            encoding=encoding,
+            is_bigendian=0,
+            step=pixels[0].nbytes,
+            data=self._sequence(np.ascontiguousarray(pixels).reshape(-1).view(np.uint8)),
+        )
+
+    def _rigid(self, translation_type: str, T: np.ndarray) -> tuple[Any, Any]:
+        T = np.asarray(T, dtype=np.float64)
+        x, y, z = T[:3, 3].tolist()
+        quat_xyzw = matrix_to_quat_xyzw(torch.from_numpy(T[:3, :3])).tolist()
+        return (
+            self._make(f'geometry_msgs/msg/{translation_type}', x=x, y=y, z=z),
+            self._make('geometry_msgs/msg/Quaternion', **dict(zip('xyzw', quat_xyzw))),
+        )
+
+    def _point_field(self, name: str) -> Any:
+        return self._make(
+            'sensor_msgs/msg/PointField',
+            name=name,
+            offset=POINT.fields[name][1],
+            datatype=FLOAT32,
+            count=1,
+        )
+
+
+def rclpy_messages() -> MessageFactory:
+    """Return the factory of the classes that rclpy publishes; needs a ROS 2 installation."""
+    from rclpy.serialization import serialize_message
+
+    def message_class(type_name: str) -> type:
+        package, kind, name = type_name.split('/')
+        return getattr(import_module(f'{package}.{kind}'), name)
+
+    def sequence(values: np.ndarray) -> array.array:
+        field = array.array(values.dtype.char)
+        field.frombytes(values.view(np.uint8))
+        return field
+
+    return MessageFactory(message_class, sequence, serialize_message)
+
+
+def rosbags_messages() -> MessageFactory:
+    """Return the factory of the classes that rosbags writes into bags; needs no ROS."""
+    from stream3r_ros.bag import JAZZY
+
+    return MessageFactory(
+        JAZZY.types.__getitem__,
+        lambda values: values,
+        lambda message: bytes(JAZZY.serialize_cdr(message, message.__msgtype__)),
+    )
