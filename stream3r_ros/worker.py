@@ -24,11 +24,11 @@ class Worker(Generic[Item]):
     """Runs ``process(item)`` on the newest item offered, one at a time, on a thread of its own.
 
     An item that ``process`` refuses with :class:`InputError` is counted as ``'rejected'``, given
-    to ``on_rejected(error)``, and the next one is taken. Any other exception is a failure: it is kept
-    in :attr:`failure`, given to ``on_failure(error)``, and items offered from then on are dropped
-    until :meth:`clear_failure`. Both callbacks run on the worker's thread. :attr:`drops` counts
-    every item that was offered and not processed, by reason: ``'superseded'`` by a newer one,
-    ``'rejected'``, ``'failed'``, ``'stopped'``.
+    to ``on_rejected(error)``, and the next one is taken. Any other exception is a failure: it is
+    kept in :attr:`failure`, given to ``on_failure(error)``, and items offered from then on are
+    dropped until :meth:`clear_failure`. Both callbacks run on the worker's thread. :attr:`drops`
+    counts every item that was offered and not processed, by reason: ``'superseded'`` by a newer
+    one, ``'rejected'``, ``'failed'``, ``'stopped'``.
     """
 
     def __init__(

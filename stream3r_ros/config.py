@@ -1,0 +1,109 @@
+"""The node's configuration: the core's tree plus what only a ROS node has.
+
+No ROS in here. The dotted names of the leaves are the names of the ROS parameters.
+"""
+
+from dataclasses import dataclass, field
+
+from stream3r_core.config import CoreConfig, option
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """One published topic."""
+
+    enabled: bool = option(True, 'publish this topic', live=True)
+    max_rate_hz: float = option(
+        0.0,
+        'at most this many messages per second of image stamps; 0 = one per frame',
+        minimum=0.0,
+        live=True,
+    )
+
+
+@dataclass(frozen=True)
+class PathOutputConfig(OutputConfig):
+    """The path: all poses since the session began, thinned to a bound."""
+
+    max_rate_hz: float = option(
+        2.0,
+        'at most this many messages per second of image stamps; 0 = one per frame',
+        minimum=0.0,
+        live=True,
+    )
+    max_poses: int = option(1000, 'poses in a path message: the most recent ones', minimum=1)
+
+
+@dataclass(frozen=True)
+class MapOutputConfig:
+    """The accumulated map."""
+
+    enabled: bool = option(True, 'publish this topic', live=True)
+    period_s: float = option(
+        2.0, 'seconds between two messages while the map changes', minimum=0.05, maximum=3600.0
+    )
+
+
+@dataclass(frozen=True)
+class OutputsConfig:
+    """What leaves the node beside TF; each topic has its own switch and rate."""
+
+    pose: OutputConfig = field(default_factory=OutputConfig)
+    path: PathOutputConfig = field(default_factory=PathOutputConfig)
+    depth: OutputConfig = field(default_factory=OutputConfig)
+    cloud: OutputConfig = field(default_factory=OutputConfig)
+    map: MapOutputConfig = field(default_factory=MapOutputConfig)
+
+
+@dataclass(frozen=True)
+class SaveMapConfig:
+    """Where and how ``~/save_map`` writes."""
+
+    directory: str = option('', 'folder that ~/save_map writes into; empty = the service refuses')
+    max_poses: int = option(
+        200_000, 'poses kept for trajectory.tum; beyond it the oldest are forgotten', minimum=1
+    )
+
+
+@dataclass(frozen=True)
+class StatusConfig:
+    """Log line and diagnostics."""
+
+    period_s: float = option(
+        1.0, 'seconds between two messages on /diagnostics', minimum=0.1, maximum=3600.0
+    )
+    log_period_s: float = option(
+        10.0, 'seconds between two status lines in the log', minimum=0.1, maximum=86400.0
+    )
+    latency_window: int = option(
+        300, 'recent frames that latency and rate are computed over', minimum=2, maximum=100_000
+    )
+
+
+@dataclass(frozen=True)
+class NodeConfig(CoreConfig):
+    """Everything the node reads: the core's options and those of the ROS side."""
+
+    image_transport: str = option(
+        'raw',
+        'type of the image topic: sensor_msgs/Image or CompressedImage',
+        choices=('raw', 'compressed'),
+    )
+    map_frame: str = option('map', 'frame of map, path and pose')
+    camera_frame: str = option('', "optical frame of the camera; empty = the images' frame_id")
+    publish_tf: bool = option(True, 'broadcast map_frame -> camera frame on /tf', live=True)
+    backward_jump_s: float = option(
+        0.5,
+        'an image this much older than the last one starts a new session (a bag that loops); '
+        'one that is less late is dropped',
+        minimum=0.0,
+    )
+    on_failure: str = option(
+        'hold',
+        "after an unexpected error: 'hold' waits for ~/reset, 'exit' ends the node",
+        choices=('hold', 'exit'),
+    )
+    autostart: bool = option(True, 'configure and activate without a lifecycle manager')
+    outputs: OutputsConfig = field(default_factory=OutputsConfig)
+    save_map: SaveMapConfig = field(default_factory=SaveMapConfig)
+    status: StatusConfig = field(default_factory=StatusConfig)
