@@ -1,0 +1,200 @@
+"""The causal VGGT network: STream3R, StreamVGGT and VGGT are one architecture with one set of keys."""
+
+from collections.abc import Callable, Collection
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stream3r_core import attention
+from stream3r_core.cache.base import KVCache
+from stream3r_core.config import ModelConfig
+from stream3r_core.errors import InputError
+from stream3r_core.model.aggregator import Aggregator
+from stream3r_core.model.blocks import AttentionFn
+from stream3r_core.model.camera_head import CameraHead
+from stream3r_core.model.dpt_head import DPTHead, inverse_log
+from stream3r_core.model.track_head import TrackHead
+from stream3r_core.model.visibility import FrameAttention, frame_bias, visible_window
+
+OUTPUTS = ('depth', 'points')
+
+
+class CausalVGGT(nn.Module):
+    """Images to camera poses, depth and world points, in a batch or one step of a stream.
+
+    Images are RGB in [0, 1], both sides whole multiples of the patch size. All results are float32:
+    ``pose_enc`` [B, S, 9] (see :class:`CameraHead`), ``depth`` [B, S, H, W, 1] along the optical
+    axis, ``world_points`` [B, S, H, W, 3] in the camera frame of the first frame of the sequence
+    (OpenCV axes), and ``depth_conf``, ``world_points_conf`` [B, S, H, W] >= 1. Lengths share one
+    arbitrary scale per sequence. A field of view can be exactly 0.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.aggregator = Aggregator(config)
+        self.camera_head = CameraHead(config)
+        self.point_head = DPTHead(config, out_dim=4)
+        self.depth_head = DPTHead(config, out_dim=2)
+        if config.track is not None:
+            self.track_head = TrackHead(config)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        return self.aggregator.camera_token.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the matrix products of the aggregator, and of its keys and values."""
+        return self.aggregator.global_blocks[0].attn.qkv.weight.dtype
+
+    def set_dtype(self, dtype: torch.dtype) -> 'CausalVGGT':
+        """Store and multiply the linear layers of the aggregator in ``dtype``.
+
+        The residual stream, norms and all heads stay in float32: poses and depths lose digits
+        quickly below it, and the heads are a small part of the work.
+        """
+        for module in self.aggregator.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                module.to(dtype)
+        return self
+
+    def forward(
+        self,
+        images: Tensor,
+        mode: str = 'full',
+        window: int = 5,
+        query_points: Tensor | None = None,
+        outputs: Collection[str] = OUTPUTS,
+    ) -> dict[str, Tensor]:
+        """Process all frames of ``images`` [B, S, 3, H, W] or [S, 3, H, W] in one pass.
+
+        ``mode`` says which frames a frame sees: all ('full'), itself and earlier ones ('causal'),
+        or the first and the last ``window`` frames including itself ('window').
+        ``query_points`` [B, Q, 2], pixels (x, y) of frame 0, adds ``track`` [B, S, Q, 2], ``vis``
+        and ``track_conf`` [B, S, Q] in 0..1. ``pose_enc_list`` holds the answer of every iteration
+        of the camera head, for training. Left out of ``outputs``: dense maps not wanted.
+        """
+        images = self._checked(images[None] if images.ndim == 4 else images)
+        S = images.shape[1]
+        recent = visible_window(mode, window, S)
+        frames = FrameAttention(S, recent)
+        bias = frame_bias(S, recent, images.device)
+        result = self._predict(
+            images,
+            lambda layer: frames,
+            lambda layer: lambda q, k, v: attention.attend(q, k, v, bias),
+            starts_sequence=True,
+            outputs=outputs,
+            query_points=query_points,
+        )
+        return result
+
+    def stream(
+        self,
+        images: Tensor,
+        aggregator_cache: KVCache,
+        camera_cache: KVCache,
+        first: bool,
+        outputs: Collection[str] = OUTPUTS,
+    ) -> dict[str, Tensor]:
+        """Process the next frames ``images`` [1, n, 3, H, W] of a stream against its caches.
+
+        ``first``: these frames open the sequence. Frames of one call see each other, later ones
+        too: only n = 1 equals the causal batch pass. Layer numbers of ``camera_cache`` are
+        iteration * trunk depth + block. The caller commits both caches afterwards.
+        """
+        if images.ndim != 5 or len(images) != 1:
+            raise InputError(f'a stream takes images [1, n, 3, H, W], got {list(images.shape)}')
+        return self._predict(
+            self._checked(images),
+            lambda layer: CachedAttention(aggregator_cache, layer),
+            lambda layer: CachedAttention(camera_cache, layer),
+            starts_sequence=first,
+            outputs=outputs,
+        )
+
+    def descriptor(self, images: Tensor) -> Tensor:
+        """Return one vector of unit length [B, S, C] per frame, for place recognition."""
+        tokens = self.aggregator.encode(
+            self._checked(images[None] if images.ndim == 4 else images)
+        )
+        return F.normalize(tokens.mean(2), dim=-1)
+
+    def _predict(
+        self,
+        images: Tensor,
+        global_attention: Callable[[int], AttentionFn],
+        camera_attention: Callable[[int], AttentionFn],
+        starts_sequence: bool,
+        outputs: Collection[str],
+        query_points: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        height, width = images.shape[-2:]
+        if unknown := set(outputs) - set(OUTPUTS):
+            raise InputError(f'unknown outputs {sorted(unknown)}; expected some of {OUTPUTS}')
+        queries = self._checked_queries(query_points, len(images))
+        taps, camera_tokens = self.aggregator(images, global_attention, starts_sequence)
+        with full_precision(images.device):
+            poses = self.camera_head(camera_tokens.float(), camera_attention)
+            result = {'pose_enc': poses[-1], 'pose_enc_list': poses}
+            if 'depth' in outputs:
+                depth, result['depth_conf'] = self.depth_head(taps, height, width)
+                result['depth'] = depth.exp()
+            if 'points' in outputs:
+                points, result['world_points_conf'] = self.point_head(taps, height, width)
+                result['world_points'] = inverse_log(points)
+            if queries is not None:
+                tracks, vis, conf = self.track_head(taps, height, width, queries)
+                result.update(track=tracks[-1], vis=vis, track_conf=conf)
+        return result
+
+    def _checked(self, images: Tensor) -> Tensor:
+        patch = self.config.patch_size
+        if images.ndim != 5 or images.shape[2] != 3 or not images.is_floating_point():
+            raise InputError(
+                'expected float images [B, S, 3, H, W] or [S, 3, H, W] in [0, 1], got '
+                f'{images.dtype} {list(images.shape)}'
+            )
+        if 0 in images.shape or images.shape[-2] % patch or images.shape[-1] % patch:
+            raise InputError(
+                f'image sides must be whole multiples of the patch size {patch}, got '
+                f'{images.shape[-2]} x {images.shape[-1]} (H x W); see stream3r_core.image.prepare'
+            )
+        return images.float()
+
+    def _checked_queries(self, query_points: Tensor | None, batch: int) -> Tensor | None:
+        if query_points is None:
+            return None
+        if self.config.track is None:
+            raise InputError('this network has no track head; load the preset streamvggt')
+        queries = query_points[None] if query_points.ndim == 2 else query_points
+        if queries.ndim != 3 or queries.shape[-1] != 2 or len(queries) != batch:
+            raise InputError(
+                f'expected query_points [{batch}, Q, 2], pixels (x, y), got {list(query_points.shape)}'
+            )
+        return queries.float()
+
+
+class CachedAttention:
+    """Attention of new tokens to what a cache policy keeps of its layer."""
+
+    def __init__(self, cache: KVCache, layer: int):
+        self.cache = cache
+        self.layer = layer
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store k, v [1, heads, n, head_dim] and return the attended values of q."""
+        seen = self.cache.update(self.layer, k, v)
+        if not self.cache.needs_column_sums:
+            return attention.attend(q, *seen)
+        attended, column_sums = attention.attend_with_column_sums(q, *seen)
+        self.cache.record(self.layer, column_sums)
+        return attended
+
+
+def full_precision(device: torch.device) -> torch.autocast:
+    """Switch off autocast: the heads compute in float32 whatever surrounds the network."""
+    return torch.autocast(device.type, enabled=False)
