@@ -1,0 +1,154 @@
+"""What leaves the system about a stream of frames, as messages: the same from node and replay.
+
+Frames: ``world`` is the session's frame (the first camera, optical axes). ``map`` is the frame of
+all messages but those that lie in the camera frame; ``T_map_world`` stands between the two, here
+and nowhere else.
+"""
+
+from collections import deque
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from stream3r_core.geometry import unproject
+from stream3r_core.types import FramePrediction
+from stream3r_ros.messages import MessageFactory
+
+# REP-103: an optical frame (x right, y down, z forward) as seen from its body (x forward, z up).
+T_BODY_OPTICAL = np.array([[0.0, 0, 1, 0], [-1, 0, 0, 0], [0, -1, 0, 0], [0, 0, 0, 1]])
+
+
+class Topic(NamedTuple):
+    """Type and offered quality of service of an output topic; all are reliable, keep last."""
+
+    type: str
+    depth: int = 5
+    latched: bool = False  # transient local: late subscribers get the last message
+
+
+TOPICS = {
+    '/tf': Topic('tf2_msgs/msg/TFMessage', depth=100),
+    '~/pose': Topic('geometry_msgs/msg/PoseStamped'),
+    '~/depth/image': Topic('sensor_msgs/msg/Image'),
+    '~/depth/confidence': Topic('sensor_msgs/msg/Image'),
+    '~/depth/camera_info': Topic('sensor_msgs/msg/CameraInfo'),
+    '~/cloud': Topic('sensor_msgs/msg/PointCloud2'),
+    '~/path': Topic('nav_msgs/msg/Path', depth=1, latched=True),
+    '~/map': Topic('sensor_msgs/msg/PointCloud2', depth=1, latched=True),
+}
+
+
+class Outputs:
+    """Turns predictions and the map into messages in the map frame.
+
+    With the default ``T_map_world`` the first camera looks along the map's x axis with z up, so
+    that a camera held level gives an upright map. ``max_path_poses`` bounds the path: the oldest
+    poses leave it.
+    """
+
+    def __init__(
+        self,
+        messages: MessageFactory,
+        map_frame: str = 'map',
+        T_map_world: np.ndarray = T_BODY_OPTICAL,  # [4, 4]
+        max_path_poses: int = 1000,
+        min_confidence: float = 1.0,
+    ):
+        self.messages = messages
+        self.map_frame = map_frame
+        self.T_map_world = T_map_world
+        self.min_confidence = min_confidence
+        self._poses: deque[Any] = deque(maxlen=max_path_poses)
+
+    def reset(self) -> None:
+        """Forget the path; the next frame is the first of a new session."""
+        self._poses.clear()
+
+    def add(self, prediction: FramePrediction, camera_frame: str) -> 'FrameOutputs':
+        """Append the frame to the path and return its messages, which are built when asked for.
+
+        ``prediction`` lies on the CPU and has a stamp; ``camera_frame`` is its image's frame_id.
+        """
+        frame = FrameOutputs(self, prediction, camera_frame)
+        self._poses.append(frame.pose)
+        return frame
+
+    def path(self, stamp_ns: int) -> Any:
+        """Return the nav_msgs/Path of the recent poses, each with its own stamp."""
+        return self.messages.path(self._poses, stamp_ns, self.map_frame)
+
+    def map(self, cloud: Any, stamp_ns: int) -> Any:
+        """Return the map (a ``MapCloud`` in the world frame) as PointCloud2 in the map frame."""
+        R, t = self.T_map_world[:3, :3], self.T_map_world[:3, 3]
+        points_map = cloud.points_xyz @ R.T.astype(np.float32) + t.astype(np.float32)
+        return self.messages.cloud(
+            points_map, cloud.colors_rgb, cloud.confidence, stamp_ns, self.map_frame
+        )
+
+
+class FrameOutputs:
+    """The messages of one frame; all carry the stamp of its image."""
+
+    def __init__(self, outputs: Outputs, prediction: FramePrediction, camera_frame: str):
+        self._outputs = outputs
+        self._messages = outputs.messages
+        self._prediction = prediction
+        self._camera_header = (prediction.stamp_ns, camera_frame)
+        self.stamp_ns = prediction.stamp_ns
+        self.camera_frame = camera_frame
+        self.T_map_camera = outputs.T_map_world @ prediction.T_world_camera.double().numpy()
+
+    def message(self, topic: str) -> Any:
+        """Return the message of a name in :data:`TOPICS`, but for the path and the map."""
+        return _BUILDERS[topic](self)
+
+    @cached_property
+    def pose(self) -> Any:
+        """The camera in the map frame as PoseStamped."""
+        return self._messages.pose(self.T_map_camera, self.stamp_ns, self._outputs.map_frame)
+
+    def tf(self) -> Any:
+        """Return the one transform map -> camera."""
+        transform = self._messages.transform(
+            self.T_map_camera, self.stamp_ns, self._outputs.map_frame, self.camera_frame
+        )
+        return self._messages.tf([transform])
+
+    def depth(self) -> Any:
+        """Return the depth along the optical axis, NaN where there is none."""
+        depth = self._prediction.depth.numpy()
+        return self._messages.float_image(np.where(depth > 0, depth, np.nan), *self._camera_header)
+
+    def depth_confidence(self) -> Any:
+        """Return the network's confidence of each depth, >= 1."""
+        return self._messages.float_image(
+            self._prediction.depth_conf.numpy(), *self._camera_header
+        )
+
+    def camera_info(self) -> Any:
+        """Return the intrinsics of the depth image."""
+        height, width = self._prediction.depth.shape
+        return self._messages.camera_info(
+            self._prediction.K.numpy(), height, width, *self._camera_header
+        )
+
+    def cloud(self) -> Any:
+        """Return the confident points of this frame in the camera frame."""
+        p = self._prediction
+        keep = (p.depth > 0) & (p.depth_conf >= self._outputs.min_confidence)
+        points_camera = unproject(p.depth, p.K)[keep].numpy()
+        return self._messages.cloud(
+            points_camera, p.rgb[keep].numpy(), p.depth_conf[keep].numpy(), *self._camera_header
+        )
+
+
+_BUILDERS = {
+    '/tf': FrameOutputs.tf,
+    '~/pose': lambda frame: frame.pose,
+    '~/depth/image': FrameOutputs.depth,
+    '~/depth/confidence': FrameOutputs.depth_confidence,
+    '~/depth/camera_info': FrameOutputs.camera_info,
+    '~/cloud': FrameOutputs.cloud,
+}
+FRAME_TOPICS = tuple(_BUILDERS)
