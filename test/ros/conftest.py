@@ -1,0 +1,78 @@
+"""Every ROS test gets a graph of its own: a private domain that stays on this machine."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from stream3r_ros.dds import private_graph, use_large_messages
+
+CHILD_DEADLINE_S = 60
+
+
+@pytest.fixture
+def graph(monkeypatch):
+    """Put this process, and children with its environment, on a private ROS graph."""
+    use_large_messages(os.environ)
+    with private_graph() as variables:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        yield variables
+
+
+@pytest.fixture
+def spawn(graph):
+    """Start Python processes on the graph; whatever still runs at the end is killed and reaped."""
+    children = []
+
+    def start(*arguments, **options):
+        child = subprocess.Popen([sys.executable, *map(str, arguments)], text=True, **options)
+        children.append(child)
+        return child
+
+    yield start
+    for child in children:
+        child.kill()
+        child.communicate(timeout=CHILD_DEADLINE_S)
+
+
+@pytest.fixture
+def ros(graph):
+    """Yield an initialised rclpy context in this process and shut it down again."""
+    import rclpy
+
+    context = rclpy.Context()
+    rclpy.init(context=context)
+    yield context
+    rclpy.try_shutdown(context=context)
+
+
+@pytest.fixture
+def node(ros):
+    """Yield a node of this test process."""
+    import rclpy
+
+    observer = rclpy.create_node('observer', context=ros)
+    yield observer
+    observer.destroy_node()
+
+
+@pytest.fixture
+def spin_until(node, ros):
+    """Return a function that spins ``node`` until a condition holds; it fails after a deadline."""
+    from time import monotonic
+
+    from rclpy.executors import SingleThreadedExecutor
+
+    executor = SingleThreadedExecutor(context=ros)
+    executor.add_node(node)
+
+    def spin(condition, deadline_s=CHILD_DEADLINE_S):
+        end = monotonic() + deadline_s
+        while not condition():
+            assert monotonic() < end, f'not within {deadline_s} s: {condition}'
+            executor.spin_once(timeout_sec=0.1)
+
+    yield spin
+    executor.shutdown()
