@@ -52,7 +52,8 @@ def test_the_type_on_the_wire_between_two_processes_is_the_published_one(spawn, 
     (publisher,) = node.get_publishers_info_by_topic('/tf')
     assert publisher.node_name == 'broadcaster'
     assert publisher.topic_type == 'tf2_msgs/msg/TFMessage'
-    assert str(publisher.topic_type_hash) == published_hash()
+    if hasattr(publisher, 'topic_type_hash'):  # not in Humble, whose wire has no hashes
+        assert str(publisher.topic_type_hash) == published_hash()
     for edge in received[0].transforms:
         assert (edge.header.frame_id, edge.child_frame_id) == ('map', 'camera')
         assert (edge.header.stamp.sec, edge.header.stamp.nanosec) == (1700000000, 133333333)
