@@ -1,0 +1,166 @@
+"""What the node knows of itself: rates, latency, losses and memory, as a line and a message."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+
+RATE_WINDOW_S = 5.0
+
+
+@dataclass(frozen=True)
+class FrameFigures:
+    """Figures of the image stream; rates over the last seconds, latency over recent frames."""
+
+    num_received: int
+    num_processed: int
+    rate_in_hz: float
+    rate_out_hz: float
+    latency_p50_ms: float  # arrival of the image to its last published message; NaN: no frame yet
+    latency_p95_ms: float
+
+
+@dataclass(frozen=True)
+class ReconstructionFigures:
+    """What the session and the map hold."""
+
+    cache_tokens: int = 0
+    cache_bytes: int = 0
+    cache_capacity_bytes: int = 0
+    map_points: int = 0
+    gpu_bytes: int | None = None  # None: no GPU in use
+
+
+@dataclass(frozen=True)
+class NodeStatus:
+    """All that the status line and /diagnostics say."""
+
+    state: str  # 'unconfigured', 'inactive', 'active', 'failed'
+    frames: FrameFigures
+    drops: Mapping[str, int] = field(default_factory=dict)  # reason -> images
+    reconstruction: ReconstructionFigures = field(default_factory=ReconstructionFigures)
+    problem: str = ''  # what is wrong and what to do, if anything
+
+    @property
+    def level(self) -> bytes:
+        """OK, WARN or ERROR of diagnostic_msgs/DiagnosticStatus."""
+        if self.state == 'failed':
+            return DiagnosticStatus.ERROR
+        return DiagnosticStatus.WARN if self.problem else DiagnosticStatus.OK
+
+    def sentence(self) -> str:
+        """Say it in one line."""
+        frames = self.frames
+        parts = [
+            f'{self.state}: {frames.rate_out_hz:.1f} of {frames.rate_in_hz:.1f} images/s',
+            f'{frames.num_processed} processed',
+            f'{sum(self.drops.values())} dropped{_listed(self.drops)}',
+        ]
+        if frames.num_processed:
+            parts.append(
+                f'latency {frames.latency_p50_ms:.0f} ms (p95 {frames.latency_p95_ms:.0f} ms)'
+            )
+        parts.append(f'map {self.reconstruction.map_points} points')
+        parts.append(
+            f'cache {self.reconstruction.cache_tokens} tokens, '
+            f'{self.reconstruction.cache_bytes / 1e6:.1f} MB'
+        )
+        if self.problem:
+            parts.append(self.problem)
+        return '; '.join(parts)
+
+    def values(self) -> dict[str, str]:
+        """Return every figure by name, unit in the name."""
+        frames, made = self.frames, self.reconstruction
+        values = {
+            'state': self.state,
+            'rate_in_hz': f'{frames.rate_in_hz:.2f}',
+            'rate_out_hz': f'{frames.rate_out_hz:.2f}',
+            'latency_p50_ms': f'{frames.latency_p50_ms:.1f}',
+            'latency_p95_ms': f'{frames.latency_p95_ms:.1f}',
+            'images_received': str(frames.num_received),
+            'images_processed': str(frames.num_processed),
+            'images_dropped': str(sum(self.drops.values())),
+            **{f'images_dropped.{reason}': str(n) for reason, n in sorted(self.drops.items())},
+            'cache_tokens': str(made.cache_tokens),
+            'cache_bytes': str(made.cache_bytes),
+            'cache_capacity_bytes': str(made.cache_capacity_bytes),
+            'map_points': str(made.map_points),
+        }
+        if made.gpu_bytes is not None:
+            values['gpu_bytes'] = str(made.gpu_bytes)
+        return values
+
+
+class FrameStatistics:
+    """Counts images in and out and their latency, in bounded memory; safe between threads."""
+
+    def __init__(self, window: int, clock: Callable[[], float] = time.monotonic):
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._arrivals: deque[float] = deque(maxlen=window)
+        self._completions: deque[float] = deque(maxlen=window)
+        self._latencies_s: deque[float] = deque(maxlen=window)
+        self._num_received = self._num_processed = 0
+
+    def received(self) -> float:
+        """Note the arrival of an image and return its time, for :meth:`processed`."""
+        now = self._clock()
+        with self._lock:
+            self._num_received += 1
+            self._arrivals.append(now)
+        return now
+
+    def processed(self, arrival: float) -> None:
+        """Note that all that is published of the image that came at ``arrival`` has left."""
+        now = self._clock()
+        with self._lock:
+            self._num_processed += 1
+            self._completions.append(now)
+            self._latencies_s.append(now - arrival)
+
+    def figures(self) -> FrameFigures:
+        """Return the figures as of now."""
+        now = self._clock()
+        with self._lock:
+            latencies_ms = 1e3 * np.array(self._latencies_s or [np.nan])
+            p50, p95 = np.percentile(latencies_ms, [50, 95]).tolist()
+            return FrameFigures(
+                num_received=self._num_received,
+                num_processed=self._num_processed,
+                rate_in_hz=_rate_hz(self._arrivals, now),
+                rate_out_hz=_rate_hz(self._completions, now),
+                latency_p50_ms=p50,
+                latency_p95_ms=p95,
+            )
+
+
+def diagnostic_array(
+    status: NodeStatus, node_name: str, hardware_id: str, stamp
+) -> DiagnosticArray:
+    """Return the message for /diagnostics; ``stamp``: builtin_interfaces/Time."""
+    entry = DiagnosticStatus(
+        level=status.level,
+        name=f'{node_name}: reconstruction',
+        message=status.sentence(),
+        hardware_id=hardware_id,
+        values=[KeyValue(key=key, value=value) for key, value in status.values().items()],
+    )
+    message = DiagnosticArray(status=[entry])
+    message.header.stamp = stamp
+    return message
+
+
+def _rate_hz(times: deque[float], now: float) -> float:
+    recent = [t for t in times if t > now - RATE_WINDOW_S]
+    return (len(recent) - 1) / max(now - recent[0], 1e-9) if len(recent) > 1 else 0.0
+
+
+def _listed(drops: Mapping[str, int]) -> str:
+    if not drops:
+        return ''
+    return ' (' + ', '.join(f'{n} {reason}' for reason, n in sorted(drops.items())) + ')'
