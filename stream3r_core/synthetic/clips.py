@@ -1,0 +1,133 @@
+"""Clips and sequences of a camera moving through random rooms: the training stream and the samples."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from stream3r_core.errors import ConfigError
+from stream3r_core.synthetic import trajectories
+from stream3r_core.synthetic.render import render
+from stream3r_core.synthetic.sensor import degrade
+from stream3r_core.synthetic.textures import TexturePool, make_textures
+from stream3r_core.synthetic.trajectories import Motion
+from stream3r_core.synthetic.worlds import make_world
+
+_pools: dict[int, TexturePool] = {}
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """The family of worlds and motions that clips are drawn from."""
+
+    height: int = 72
+    width: int = 96
+    frames: int = 3
+    fps: float = 10.0
+    fov_deg: tuple[float, float] = (50.0, 85.0)  # horizontal
+    room_half_m: tuple[float, float] = (1.5, 3.5)
+    motion: Motion = field(default_factory=Motion)
+    moving: float = 0.0  # share of furniture that moves
+    degrade: float = 1.0  # strength of exposure, colour, blur and noise variation; 0 = none
+    shadows: bool = False
+    texture_seed: int = 0
+
+
+@dataclass(frozen=True)
+class Clips:
+    """B clips of S frames."""
+
+    images: Tensor  # [B, S, 3, H, W] float32 in [0, 1]
+    depth_m: Tensor  # [B, S, H, W] z-depth, metres
+    T_world_camera: Tensor  # [B, S, 4, 4] camera to world
+    K: Tensor  # [B, S, 3, 3] pixels, integer pixel positions
+    moving: Tensor  # [B, S, H, W] bool, pixels of moving objects
+
+
+@dataclass(frozen=True)
+class SyntheticSequence:
+    """One recorded walk through a room, with exact truth."""
+
+    images: Tensor  # [S, H, W, 3] uint8 RGB
+    depth_m: Tensor  # [S, H, W] z-depth, metres
+    T_world_camera: Tensor  # [S, 4, 4] camera to world, z up
+    K: Tensor  # [3, 3] pixels
+    stamps_ns: tuple[int, ...]
+
+
+def texture_pool(seed: int) -> TexturePool:
+    """Return the textures of ``seed``; made once per process."""
+    if seed not in _pools:
+        _pools[seed] = make_textures(seed)
+    return _pools[seed]
+
+
+def sample_clips(batch: int, config: ClipConfig, seed: int, device: str = 'cpu') -> Clips:
+    """Draw ``batch`` clips, each in its own room; the same seed gives the same clips."""
+    g = torch.Generator().manual_seed(seed)
+    frames = config.frames
+    pool = texture_pool(config.texture_seed).to(device)
+    world = make_world(batch, g, pool.count, config.moving, config.room_half_m)
+    time_s = 10.0 * torch.rand(batch, 1, generator=g) + torch.arange(frames) / config.fps
+    T = trajectories.sample_paths(world, time_s, config.motion, g)
+    fov = torch.deg2rad(_uniform(g, batch, *config.fov_deg))
+    K = pinhole(fov, config.height, config.width).repeat_interleave(frames, 0)
+    rendering = render(
+        world.repeat_frames(frames, time_s).to(device),
+        T.flatten(0, 1).to(device),
+        K.to(device),
+        (config.height, config.width),
+        pool,
+        config.shadows,
+    )
+    rgb = rendering.rgb
+    if config.degrade:
+        rgb = degrade(rgb, frames, g, config.degrade)
+    shape = (batch, frames)
+    return Clips(
+        rgb.unflatten(0, shape),
+        rendering.depth_m.unflatten(0, shape),
+        T.to(device),
+        K.unflatten(0, shape).to(device),
+        rendering.moving.unflatten(0, shape),
+    )
+
+
+def render_sequence(
+    seed: int,
+    num_frames: int = 60,
+    height: int = 84,
+    width: int = 112,
+    fps: float = 10.0,
+    fov_deg: float = 70.0,
+    motion: Motion = trajectories.HAND_HELD,
+) -> SyntheticSequence:
+    """Render one seeded walk through one furnished room, with shadows and a mildly noisy camera."""
+    if num_frames < 1 or height < 8 or width < 8 or fps <= 0:
+        raise ConfigError(
+            f'cannot render {num_frames} frames of {height} x {width} pixels at {fps} fps: '
+            'at least 1 frame, 8 x 8 pixels and a positive rate are needed'
+        )
+    config = ClipConfig(
+        height, width, num_frames, fps, (fov_deg, fov_deg), motion=motion, degrade=0.25, shadows=True,
+        texture_seed=1,
+    )  # fmt: skip
+    clips = sample_clips(1, config, seed)
+    images = (clips.images[0] * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    stamps_ns = tuple(1_000_000_000 + round(i * 1e9 / fps) for i in range(num_frames))
+    return SyntheticSequence(
+        images, clips.depth_m[0], clips.T_world_camera[0], clips.K[0, 0], stamps_ns
+    )
+
+
+def pinhole(fov_width: Tensor, height: int, width: int) -> Tensor:
+    """K [B, 3, 3] of square pixels with the principal point at W/2, H/2, from the horizontal angle."""
+    focal = width / 2 / torch.tan(fov_width / 2)
+    K = torch.zeros(len(fov_width), 3, 3)
+    K[:, 0, 0] = K[:, 1, 1] = focal
+    K[:, 0, 2], K[:, 1, 2], K[:, 2, 2] = width / 2, height / 2, 1
+    return K
+
+
+def _uniform(g: torch.Generator, n: int, low: float, high: float) -> Tensor:
+    return low + (high - low) * torch.rand(n, generator=g)

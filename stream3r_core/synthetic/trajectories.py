@@ -1,0 +1,137 @@
+"""Smooth, collision-free camera paths through a furnished room."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stream3r_core.synthetic.worlds import NUM_BOXES, NUM_CYLINDERS, World
+
+CLEARANCE_M = 0.25
+_CANDIDATES = 8
+_WAVES = 3
+
+
+@dataclass(frozen=True)
+class Motion:
+    """How a camera is carried. Speeds are root mean square values of the smooth part."""
+
+    speed_m_s: tuple[float, float] = (0.1, 0.8)  # drawn per path, uniformly
+    turn_deg_s: tuple[float, float] = (5.0, 40.0)
+    vertical: float = 0.4  # vertical share of the speed
+    tilt: float = 0.35  # pitch and roll share of the turn rate
+    tremor_deg: float = 0.25
+    height_m: tuple[float, float] = (0.9, 1.8)
+    still_share: float = 0.05  # paths that stand still (tremor only)
+
+
+HAND_HELD = Motion()
+WHEELED = Motion(vertical=0.0, tilt=0.0, tremor_deg=0.05, height_m=(0.3, 1.0))
+DRONE = Motion((0.3, 1.5), (10.0, 60.0), vertical=0.8, tilt=0.5, tremor_deg=0.4, height_m=(0.8, 2.2))
+
+
+def sample_paths(world: World, time_s: Tensor, motion: Motion, generator: torch.Generator) -> Tensor:
+    """Return T_world_camera [B, S, 4, 4] at the times [B, S] (seconds, from any start).
+
+    Of several random paths per world the first that keeps ``CLEARANCE_M`` from everything is taken,
+    else the one that keeps farthest away.
+    """
+    b = len(world)
+    positions = torch.stack([_positions(world, time_s, motion, generator) for _ in range(_CANDIDATES)], 1)
+    distance = clearance(world, positions.flatten(1, 2)).view(b, _CANDIDATES, -1).amin(-1)
+    order = torch.arange(_CANDIDATES, 0, -1, device=distance.device)
+    score = torch.where(distance >= CLEARANCE_M, 10.0 * order, distance)
+    position = positions[torch.arange(b), score.argmax(1)]
+    rotation = _rotations(world, position[:, 0], time_s, motion, generator)
+    T = torch.zeros(*time_s.shape, 4, 4)
+    T[..., :3, :3], T[..., :3, 3], T[..., 3, 3] = rotation, position, 1
+    return T
+
+
+def clearance(world: World, points: Tensor) -> Tensor:
+    """Distance [B, N] of ``points`` [B, N, 3] to the nearest surface, metres; negative inside objects."""
+    offset = points[:, :, None] - world.center[:, None]
+    c, s = torch.cos(world.yaw)[:, None], torch.sin(world.yaw)[:, None]
+    x = c * offset[..., 0] + s * offset[..., 1]
+    y = c * offset[..., 1] - s * offset[..., 0]
+    half = world.half_size[:, None]
+    q = torch.stack([x, y, offset[..., 2]], -1).abs() - half
+    box = q.clamp(min=0).norm(dim=-1) + q.amax(-1).clamp(max=0)
+    radius = half[..., 0]
+    side = torch.stack([torch.hypot(x, y) - radius, q[..., 2]], -1)
+    cylinder = side.clamp(min=0).norm(dim=-1) + side.amax(-1).clamp(max=0)
+    scaled = (torch.stack([x, y, offset[..., 2]], -1) / half).norm(dim=-1)
+    sphere = (scaled - 1) * half.amin(-1)  # a lower bound of the distance to an ellipsoid
+    round_end = NUM_BOXES + NUM_CYLINDERS
+    objects = torch.cat([box[..., :NUM_BOXES], cylinder[..., NUM_BOXES:round_end], sphere[..., round_end:]], -1)
+    room = world.room_half[:, None]
+    centred = points - torch.stack([0 * room[..., 0], 0 * room[..., 1], room[..., 2]], -1)
+    return torch.minimum(objects.amin(-1), (room - centred.abs()).amin(-1))
+
+
+def _uniform(g: torch.Generator, shape: tuple[int, ...], low: float, high: float) -> Tensor:
+    return low + (high - low) * torch.rand(shape, generator=g)
+
+
+def _waves(g: torch.Generator, time_s: Tensor, rate: Tensor) -> Tensor:
+    """Three smooth functions of time [B, S, 3], zero at the first time, with rms derivative ``rate`` [B, 1, 3]."""
+    b = len(time_s)
+    omega = torch.exp(_uniform(g, (b, 1, 3, _WAVES), math.log(0.25), math.log(2.0)))
+    phase = _uniform(g, (b, 1, 3, _WAVES), 0, 2 * math.pi)
+    share = torch.rand(b, 1, 3, _WAVES, generator=g) + 0.1
+    share = share / share.square().sum(-1, keepdim=True).sqrt()
+    amplitude = rate[..., None] * math.sqrt(2) * share / omega
+    wave = (amplitude * torch.sin(omega * time_s[:, :, None, None] + phase)).sum(-1)
+    return wave - wave[:, :1]
+
+
+def _positions(world: World, time_s: Tensor, motion: Motion, g: torch.Generator) -> Tensor:
+    b, room = len(world), world.room_half
+    start = torch.cat(
+        [_uniform(g, (b, 2), -0.7, 0.7) * room[:, :2], _uniform(g, (b, 1), *motion.height_m)], -1
+    )
+    speed = _uniform(g, (b, 1, 1), *motion.speed_m_s) * (torch.rand(b, 1, 1, generator=g) >= motion.still_share)
+    axes = torch.tensor([1.0, 1.0, motion.vertical]) / math.sqrt(2 + motion.vertical**2)
+    path = start[:, None] + _waves(g, time_s, speed * axes)
+    middle = torch.stack([0 * room[:, 0], 0 * room[:, 0], room[:, 2]], -1)[:, None]
+    limit = (room - CLEARANCE_M)[:, None]
+    relative = (path - middle) / limit
+    soft = torch.where(  # linear in the middle, bending smoothly before the walls
+        relative.abs() < 0.6, relative, relative.sign() * (0.6 + 0.4 * torch.tanh((relative.abs() - 0.6) / 0.4))
+    )
+    return middle + soft * limit
+
+
+def _rotations(
+    world: World, start: Tensor, time_s: Tensor, motion: Motion, g: torch.Generator
+) -> Tensor:
+    """Rotation matrices [B, S, 3, 3]: first towards some point in the room, then wandering."""
+    b = len(world)
+    target = _uniform(g, (b, 2), -0.7, 0.7) * world.room_half[:, :2]
+    look = target - start[:, :2]
+    near = look.norm(dim=-1) < 0.5
+    look = torch.where(near[:, None], -start[:, :2] + 1e-3, look)
+    yaw0 = torch.atan2(look[:, 1], look[:, 0])
+    turn = torch.deg2rad(_uniform(g, (b, 1, 1), *motion.turn_deg_s))
+    turn = turn * (torch.rand(b, 1, 1, generator=g) >= motion.still_share)
+    wander = _waves(g, time_s, turn * torch.tensor([1.0, motion.tilt, 0.5 * motion.tilt]))
+    tremor = math.radians(motion.tremor_deg)
+    shake = tremor * torch.sin(
+        _uniform(g, (b, 1, 3), 8, 18) * time_s[..., None] + _uniform(g, (b, 1, 3), 0, 2 * math.pi)
+    )
+    angles = wander + shake
+    yaw = yaw0[:, None] + angles[..., 0]
+    pitch0 = _uniform(g, (b, 1), -0.05, 0.45) if motion.tilt else _uniform(g, (b, 1), 0.0, 0.2)
+    pitch = (pitch0 + angles[..., 1]).clamp(-0.9, 1.1)  # positive looks down
+    return camera_rotation(yaw, pitch, angles[..., 2])
+
+
+def camera_rotation(yaw: Tensor, pitch: Tensor, roll: Tensor) -> Tensor:
+    """Camera-to-world rotation [..., 3, 3] of a camera looking along yaw (about z), pitched down."""
+    cy, sy, cp, sp = torch.cos(yaw), torch.sin(yaw), torch.cos(pitch), torch.sin(pitch)
+    forward = torch.stack([cy * cp, sy * cp, -sp], -1)
+    right = torch.stack([sy, -cy, torch.zeros_like(cy)], -1)
+    down = torch.linalg.cross(forward, right)
+    cr, sr = torch.cos(roll)[..., None], torch.sin(roll)[..., None]
+    return torch.stack([cr * right + sr * down, cr * down - sr * right, forward], -1)

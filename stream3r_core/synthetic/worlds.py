@@ -1,0 +1,216 @@
+"""Random furnished rooms as batches of analytic primitives.
+
+World frame: z up, floor at z = 0, metres, origin in the middle of the floor. Every world of a batch has
+the same number of boxes, vertical cylinders and ellipsoids (in this order); an unused slot has size 0.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stream3r_core.synthetic import furniture
+
+GROUPS = 6
+WALL_BOXES = 8  # pictures, windows, doors
+CLUTTER_BOXES, CLUTTER_CYLINDERS, CLUTTER_SPHERES = 4, 1, 1
+NUM_BOXES = GROUPS * furniture.BOXES + WALL_BOXES + CLUTTER_BOXES + 1  # and one rug
+NUM_CYLINDERS = GROUPS * furniture.CYLINDERS + CLUTTER_CYLINDERS
+NUM_SPHERES = GROUPS * furniture.SPHERES + CLUTTER_SPHERES
+NUM_PRIMITIVES = NUM_BOXES + NUM_CYLINDERS + NUM_SPHERES
+ROOM_FACES = 6
+UNUSED_Z = -100.0  # where empty slots are put, out of everything's way
+
+
+@dataclass(frozen=True)
+class World:
+    """B worlds. P primitives, M = P + 6 materials (the last six: room faces -x, +x, -y, +y, -z, +z)."""
+
+    room_half: Tensor  # [B, 3] metres; the room spans -half..half in x, y and 0..2 half in z
+    center: Tensor  # [B, P, 3] metres
+    half_size: Tensor  # [B, P, 3] metres; cylinders: radius, radius, half height; 0 = unused
+    yaw: Tensor  # [B, P] radians about z
+    sway: Tensor  # [B, P, 4] moving objects: amplitude xyz [m], angular speed [rad/s]
+    instance: Tensor  # [B, M] int64, one id per object; 0 = the room itself
+    texture: Tensor  # [B, M, 2] int64, coarse and fine texture
+    texture_period: Tensor  # [B, M, 2] metres
+    texture_phase: Tensor  # [B, M, 2, 2]
+    colors: Tensor  # [B, M, 3, 3] base, coarse and fine colour, linear RGB in [0, 1]
+    light: Tensor  # [B, 3] position, metres
+    light_mix: Tensor  # [B, 3] ambient, direct and sky share
+
+    def __len__(self) -> int:
+        return len(self.room_half)
+
+    def to(self, device) -> 'World':
+        """Return the worlds on ``device``."""
+        return World(**{f.name: getattr(self, f.name).to(device) for f in dataclasses.fields(self)})
+
+    def repeat_frames(self, frames: int, time_s: Tensor | None = None) -> 'World':
+        """Return B * frames worlds, one per frame; ``time_s`` [B, frames] moves what moves."""
+        tensors = {
+            f.name: getattr(self, f.name).repeat_interleave(frames, 0) for f in dataclasses.fields(self)
+        }
+        if time_s is not None:
+            sway = tensors['sway']
+            phase = sway[..., 3:] * time_s.reshape(-1, 1, 1)
+            tensors['center'] = tensors['center'] + sway[..., :3] * torch.sin(phase)
+        return World(**tensors)
+
+
+def make_world(
+    batch: int,
+    generator: torch.Generator,
+    num_textures: int,
+    moving: float = 0.0,
+    room_half_range: tuple[float, float] = (1.5, 3.5),
+) -> World:
+    """Draw ``batch`` furnished rooms; ``moving`` is the share of furniture groups that sway about."""
+    room = _uniform(generator, (batch, 3), *room_half_range)
+    room[:, 2] = _uniform(generator, (batch,), 1.2, 1.6)
+    parts = [_place_groups(generator, room), _wall_boxes(generator, room), _clutter(generator, room)]
+    boxes, cylinders, spheres = (torch.cat([p[i] for p in parts], 1) for i in range(3))
+    rows = torch.cat([boxes, cylinders, spheres], 1)  # [B, P, 8] centre, half, yaw, object
+    unused = rows[..., 3:6].amin(-1) <= 0
+    center, half = rows[..., :3].clone(), rows[..., 3:6].clamp(min=0)
+    center[..., 2] = torch.where(unused, UNUSED_Z, center[..., 2])
+    instance = rows[..., 7].round().long()
+    materials = _materials(generator, batch, num_textures)
+    return World(
+        room_half=room,
+        center=center,
+        half_size=torch.where(unused[..., None], 1e-4, half),
+        yaw=rows[..., 6],
+        sway=_sway(generator, instance, moving),
+        instance=torch.cat([instance, torch.zeros(batch, ROOM_FACES, dtype=torch.long)], 1),
+        light=(_uniform(generator, (batch, 3), -0.6, 0.6) * room).index_put(
+            (torch.arange(batch), torch.tensor(2)), 1.85 * room[:, 2]
+        ),
+        light_mix=torch.stack(
+            [
+                _uniform(generator, (batch,), 0.25, 0.5),
+                _uniform(generator, (batch,), 0.4, 0.8),
+                _uniform(generator, (batch,), 0.05, 0.25),
+            ],
+            -1,
+        ),
+        **materials,
+    )
+
+
+def _uniform(g: torch.Generator, shape: tuple[int, ...], low: float, high: float) -> Tensor:
+    return low + (high - low) * torch.rand(shape, generator=g)
+
+
+def _place_groups(g: torch.Generator, room: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Furniture along the walls, now and then in the open; rows [B, n, 8] per shape."""
+    catalogue = furniture.load_furniture()
+    b = len(room)
+    pick = torch.randint(len(catalogue.size_low), (b, GROUPS), generator=g)
+    low, high = catalogue.size_low[pick], catalogue.size_high[pick]
+    size = low + (high - low) * torch.rand(b, GROUPS, 3, generator=g)
+    size[..., 2] = torch.minimum(size[..., 2], 1.9 * room[:, None, 2])
+    wall = (torch.arange(GROUPS)[None] + torch.randint(4, (b, 1), generator=g)) % 4
+    free = torch.rand(b, GROUPS, generator=g) < 0.25
+    yaw = torch.where(free, _uniform(g, (b, GROUPS), 0, 2 * math.pi), wall * (math.pi / 2))
+    along_x = wall % 2 == 0  # walls 0, 2 run along x: the group's back (-y) turned by yaw faces them
+    span = torch.where(along_x, room[:, None, 0], room[:, None, 1])
+    depth = torch.where(along_x, room[:, None, 1], room[:, None, 0])
+    along = _uniform(g, (b, GROUPS), -1, 1) * (span - size[..., 0] / 2 - 0.05).clamp(min=0)
+    away = -(depth - size[..., 1] / 2 - _uniform(g, (b, GROUPS), 0.02, 0.15))
+    away = torch.where(free, _uniform(g, (b, GROUPS), -0.5, 0.5) * depth, away)
+    c, s = torch.cos(wall * (math.pi / 2)), torch.sin(wall * (math.pi / 2))
+    origin = torch.stack([c * along - s * away, s * along + c * away], -1)
+    used = torch.rand(b, GROUPS, generator=g) < 0.9
+    shapes = (catalogue.boxes[pick], catalogue.cylinders[pick], catalogue.spheres[pick])
+    return tuple(_transform_parts(p, size, yaw, origin, used) for p in shapes)
+
+
+def _transform_parts(parts: Tensor, size: Tensor, yaw: Tensor, origin: Tensor, used: Tensor) -> Tensor:
+    b, groups, slots, _ = parts.shape
+    center, half = parts[..., :3] * size[:, :, None], parts[..., 3:] * size[:, :, None]
+    half = half * used[:, :, None, None]
+    c, s = torch.cos(yaw)[..., None], torch.sin(yaw)[..., None]
+    x = c * center[..., 0] - s * center[..., 1] + origin[:, :, None, 0]
+    y = s * center[..., 0] + c * center[..., 1] + origin[:, :, None, 1]
+    ids = torch.arange(1, groups + 1).view(1, -1, 1).expand(b, -1, slots)
+    rows = [x, y, center[..., 2], *half.unbind(-1), yaw[..., None].expand(-1, -1, slots), ids]
+    return torch.stack(rows, -1).flatten(1, 2)
+
+
+def _wall_boxes(g: torch.Generator, room: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin boxes on the walls: pictures, windows, and doors that reach the floor."""
+    b, n = len(room), WALL_BOXES
+    wall = torch.arange(n)[None].expand(b, -1) % 4
+    along_x = wall % 2 == 0
+    span = torch.where(along_x, room[:, None, 0], room[:, None, 1])
+    depth = torch.where(along_x, room[:, None, 1], room[:, None, 0])
+    width, height = _uniform(g, (b, n), 0.15, 0.6), _uniform(g, (b, n), 0.15, 0.5)
+    door = torch.rand(b, n, generator=g) < 0.2
+    width, height = torch.where(door, 0.45, width), torch.where(door, 1.0, height)
+    z = torch.where(door, 1.0, _uniform(g, (b, n), 1.1, 1.9))
+    along = _uniform(g, (b, n), -1, 1) * (span - width).clamp(min=0)
+    c, s = torch.cos(wall * (math.pi / 2)), torch.sin(wall * (math.pi / 2))
+    x, y = c * along + s * depth, s * along - c * depth
+    thickness = _uniform(g, (b, n), 0.01, 0.06) * (torch.rand(b, n, generator=g) < 0.85)
+    ids = (GROUPS + 1 + torch.arange(n)).expand(b, -1)
+    rows = torch.stack([x, y, z, width, thickness, height, wall * (math.pi / 2), ids], -1)
+    empty = rows.new_zeros(b, 0, 8)
+    return rows, empty, empty
+
+
+def _clutter(g: torch.Generator, room: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A rug, small boxes on the floor, one cylinder and one ball."""
+    b = len(room)
+    first = GROUPS + WALL_BOXES + 1
+
+    def scatter(n: int, low: float, high: float, first_id: int) -> Tensor:
+        xy = _uniform(g, (b, n, 2), -0.85, 0.85) * room[:, None, :2]
+        half = _uniform(g, (b, n, 3), low, high) * (torch.rand(b, n, 1, generator=g) < 0.8)
+        ids = (first_id + torch.arange(n)).expand(b, -1)[..., None]
+        yaw = _uniform(g, (b, n, 1), 0, 2 * math.pi)
+        return torch.cat([xy, half[..., 2:], half, yaw, ids], -1)
+
+    boxes = scatter(CLUTTER_BOXES, 0.06, 0.3, first)
+    cylinders = scatter(CLUTTER_CYLINDERS, 0.06, 0.3, first + CLUTTER_BOXES)
+    cylinders[..., 4] = cylinders[..., 3]
+    spheres = scatter(CLUTTER_SPHERES, 0.08, 0.25, first + CLUTTER_BOXES + CLUTTER_CYLINDERS)
+    rug = scatter(1, 0.5, 1.3, first + CLUTTER_BOXES + CLUTTER_CYLINDERS + CLUTTER_SPHERES)
+    rug[..., 5] *= 0.01
+    rug[..., 2] = rug[..., 5]
+    rug[..., :2] *= 0.5
+    return torch.cat([boxes, rug], 1), cylinders, spheres
+
+
+def _sway(g: torch.Generator, instance: Tensor, moving: float) -> Tensor:
+    """Amplitude and angular speed per object, the same for all parts of one object."""
+    b = len(instance)
+    objects = int(instance.max()) + 1
+    amplitude = _uniform(g, (b, objects, 3), -0.6, 0.6)
+    amplitude[..., 2] = 0
+    amplitude[:, GROUPS + 1 :] = 0  # only furniture groups move
+    amplitude *= torch.rand(b, objects, 1, generator=g) < moving
+    per_object = torch.cat([amplitude, _uniform(g, (b, objects, 1), 0.3, 1.2)], -1)
+    return per_object.gather(1, instance[..., None].expand(-1, -1, 4))
+
+
+def _materials(g: torch.Generator, b: int, num_textures: int) -> dict[str, Tensor]:
+    m = NUM_PRIMITIVES + ROOM_FACES
+    colors = torch.rand(b, m, 3, 3, generator=g)
+    grey = colors.mean(-1, keepdim=True)
+    colors = grey + (colors - grey) * _uniform(g, (b, m, 1, 1), 0.2, 1.0)  # few loud colours
+    period = torch.stack(
+        [
+            torch.exp(_uniform(g, (b, m), math.log(0.8), math.log(4.0))),
+            torch.exp(_uniform(g, (b, m), math.log(0.25), math.log(1.2))),
+        ],
+        -1,
+    )
+    return {
+        'texture': torch.randint(num_textures, (b, m, 2), generator=g),
+        'texture_period': period,
+        'texture_phase': torch.rand(b, m, 2, 2, generator=g),
+        'colors': 0.08 + 0.87 * colors,
+    }
