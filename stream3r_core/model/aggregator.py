@@ -31,9 +31,8 @@ class Aggregator(nn.Module):
         self.patch_embed = {'dinov2': VisionTransformer, 'conv': ConvStem}[config.encoder](config)
         # Variant 0 marks the first frame of the sequence, variant 1 all others.
         self.camera_token = nn.Parameter(0.02 * torch.randn(1, 2, 1, dim))
-        self.register_token = nn.Parameter(
-            0.02 * torch.randn(1, 2, config.num_register_tokens, dim)
-        )
+        registers = 0.02 * torch.randn(1, 2, config.num_register_tokens, dim)
+        self.register_token = nn.Parameter(registers)
         self.frame_blocks = self._blocks()
         self.global_blocks = self._blocks()
 
@@ -81,8 +80,7 @@ class Aggregator(nn.Module):
 
     def _special_tokens(self, B: int, S: int, starts_sequence: bool) -> Tensor:
         tokens = torch.cat((self.camera_token, self.register_token), 2)  # [1, 2, K, C]
-        first = 0 if starts_sequence else 1
-        tokens = torch.cat(
-            (tokens[:, first : first + 1], tokens[:, 1:].expand(-1, S - 1, -1, -1)), 1
-        )
+        anchor, other = tokens.split(1, 1)
+        first = anchor if starts_sequence else other
+        tokens = torch.cat((first, other.expand(-1, S - 1, -1, -1)), 1)
         return tokens.expand(B, -1, -1, -1)  # [B, S, K, C]

@@ -13,7 +13,7 @@ from torch import Tensor, nn, ones
 from stream3r_core.attention import attend
 from stream3r_core.model.rope import RotaryTables, rotate
 
-#: Maps q, k, v [B, heads, N, head_dim] of the present tokens to the attended values of the same shape.
+#: Maps q, k, v [B, heads, N, head_dim] of the present tokens to attended values of the same shape.
 AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -30,6 +30,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, attention: AttentionFn, rotary: RotaryTables | None) -> Tensor:
+        """Map tokens [B, N, C] to the same shape; ``rotary`` None: no positions."""
         qkv = self.qkv(x.to(self.qkv.weight.dtype)).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, N, head_dim] each
         if rotary is not None:
@@ -47,6 +48,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, out)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map [..., dim] to [..., out]."""
         return self.fc2(F.gelu(self.fc1(x.to(self.fc1.weight.dtype))))
 
 
@@ -58,6 +60,7 @@ class LayerScale(nn.Module):
         self.gamma = nn.Parameter(init * ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Scale [..., dim]."""
         return x * self.gamma
 
 

@@ -9,7 +9,7 @@ from stream3r_core.model.vit import PositionGrid
 
 
 class ConvBlock(nn.Module):
-    """Depthwise convolution and pointwise MLP with a scaled residual (Liu et al. 2022, ConvNeXt)."""
+    """Depthwise convolution and pointwise MLP, scaled residual (Liu et al. 2022, ConvNeXt)."""
 
     def __init__(self, dim: int):
         super().__init__()

@@ -14,10 +14,10 @@ FRAMES_PER_CHUNK = 8  # bounds the memory of the full-resolution feature maps
 def positional_rows_and_columns(
     channels: int, rows: int, columns: int, aspect: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Return the sine-cosine map of a grid as its x part [c / 2, 1, columns] and y part [c / 2, rows, 1].
+    """Return the sine-cosine map of a grid in its two parts, which together have ``channels``.
 
-    The map is separable: broadcasting the parts keeps the full one out of memory. ``aspect`` is
-    width / height of the image.
+    The x part [c / 2, 1, columns] and the y part [c / 2, rows, 1] are to be broadcast, which keeps
+    the full map out of memory. ``aspect`` is width / height of the image.
     """
     diagonal = (aspect**2 + 1) ** 0.5
     omega = 100.0 ** (-torch.arange(channels // 4, dtype=torch.float64) / (channels // 4))
@@ -45,7 +45,7 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 class ResidualConvUnit(nn.Module):
-    """Two convolutions beside a rectified skip path, which is what the checkpoints were trained with."""
+    """Two convolutions; the skip path is rectified too, as the checkpoints were trained."""
 
     def __init__(self, features: int):
         super().__init__()
@@ -53,6 +53,7 @@ class ResidualConvUnit(nn.Module):
         self.conv2 = nn.Conv2d(features, features, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map [n, features, rows, columns] to the same shape."""
         x = F.relu(x)
         return x + self.conv2(F.relu(self.conv1(x)))
 
@@ -68,6 +69,7 @@ class FeatureFusion(nn.Module):
         self.out_conv = nn.Conv2d(features, features, 1)
 
     def forward(self, x: Tensor, size: tuple[int, int], lateral: Tensor | None = None) -> Tensor:
+        """Add the refined ``lateral`` to ``x`` where there is one; resize to ``size``."""
         if lateral is not None:
             x = x + self.resConfUnit1(lateral)
         return self.out_conv(resize(self.resConfUnit2(x), size))

@@ -1,6 +1,7 @@
-"""The causal VGGT network: STream3R, StreamVGGT and VGGT are one architecture with one set of keys."""
+"""The causal VGGT network: one architecture and one set of keys for STream3R, StreamVGGT, VGGT."""
 
 from collections.abc import Callable, Collection
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +24,11 @@ OUTPUTS = ('depth', 'points')
 class CausalVGGT(nn.Module):
     """Images to camera poses, depth and world points, in a batch or one step of a stream.
 
-    Images are RGB in [0, 1], both sides whole multiples of the patch size. All results are float32:
-    ``pose_enc`` [B, S, 9] (see :class:`CameraHead`), ``depth`` [B, S, H, W, 1] along the optical
-    axis, ``world_points`` [B, S, H, W, 3] in the camera frame of the first frame of the sequence
-    (OpenCV axes), and ``depth_conf``, ``world_points_conf`` [B, S, H, W] >= 1. Lengths share one
-    arbitrary scale per sequence. A field of view can be exactly 0.
+    Images are RGB in [0, 1], both sides whole multiples of the patch size. All results are
+    float32: ``pose_enc`` [B, S, 9] (see :class:`CameraHead`), ``depth`` [B, S, H, W, 1] along the
+    optical axis, ``world_points`` [B, S, H, W, 3] in the camera frame of the first frame of the
+    sequence (OpenCV axes), and ``depth_conf``, ``world_points_conf`` [B, S, H, W] >= 1. Lengths
+    share one arbitrary scale per sequence. A field of view can be exactly 0.
     """
 
     def __init__(self, config: ModelConfig):
@@ -77,19 +78,24 @@ class CausalVGGT(nn.Module):
         and ``track_conf`` [B, S, Q] in 0..1. ``pose_enc_list`` holds the answer of every iteration
         of the camera head, for training. Left out of ``outputs``: dense maps not wanted.
         """
-        images = self._checked(images[None] if images.ndim == 4 else images)
-        S = images.shape[1]
+        images = self._checked(images)
+        queries = self._checked_queries(query_points, len(images))
+        S, (height, width) = images.shape[1], images.shape[-2:]
         recent = visible_window(mode, window, S)
         frames = FrameAttention(S, recent)
         bias = frame_bias(S, recent, images.device)
-        result = self._predict(
+        taps, poses, result = self._predict(
             images,
             lambda layer: frames,
-            lambda layer: lambda q, k, v: attention.attend(q, k, v, bias),
+            lambda layer: partial(attention.attend, bias=bias),
             starts_sequence=True,
             outputs=outputs,
-            query_points=query_points,
         )
+        result['pose_enc_list'] = poses
+        if queries is not None:
+            with full_precision(images.device):
+                tracks, vis, conf = self.track_head(taps, height, width, queries)
+            result.update(track=tracks[-1], vis=vis, track_conf=conf)
         return result
 
     def stream(
@@ -110,11 +116,11 @@ class CausalVGGT(nn.Module):
             raise InputError(f'a stream takes images [1, n, 3, H, W], got {list(images.shape)}')
         return self._predict(
             self._checked(images),
-            lambda layer: CachedAttention(aggregator_cache, layer),
-            lambda layer: CachedAttention(camera_cache, layer),
+            partial(CachedAttention, aggregator_cache),
+            partial(CachedAttention, camera_cache),
             starts_sequence=first,
             outputs=outputs,
-        )
+        )[-1]
 
     def descriptor(self, images: Tensor) -> Tensor:
         """Return one vector of unit length [B, S, C] per frame, for place recognition."""
@@ -130,40 +136,39 @@ class CausalVGGT(nn.Module):
         camera_attention: Callable[[int], AttentionFn],
         starts_sequence: bool,
         outputs: Collection[str],
-        query_points: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        height, width = images.shape[-2:]
+    ) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
+        """Return the tapped token maps, the poses of every iteration, and the results."""
         if unknown := set(outputs) - set(OUTPUTS):
             raise InputError(f'unknown outputs {sorted(unknown)}; expected some of {OUTPUTS}')
-        queries = self._checked_queries(query_points, len(images))
+        height, width = images.shape[-2:]
         taps, camera_tokens = self.aggregator(images, global_attention, starts_sequence)
         with full_precision(images.device):
             poses = self.camera_head(camera_tokens.float(), camera_attention)
-            result = {'pose_enc': poses[-1], 'pose_enc_list': poses}
+            result = {'pose_enc': poses[-1]}
             if 'depth' in outputs:
                 depth, result['depth_conf'] = self.depth_head(taps, height, width)
                 result['depth'] = depth.exp()
             if 'points' in outputs:
                 points, result['world_points_conf'] = self.point_head(taps, height, width)
                 result['world_points'] = inverse_log(points)
-            if queries is not None:
-                tracks, vis, conf = self.track_head(taps, height, width, queries)
-                result.update(track=tracks[-1], vis=vis, track_conf=conf)
-        return result
+        return taps, poses, result
 
     def _checked(self, images: Tensor) -> Tensor:
+        """Return float images [B, S, 3, H, W]."""
         patch = self.config.patch_size
-        if images.ndim != 5 or images.shape[2] != 3 or not images.is_floating_point():
+        batch = images[None] if images.ndim == 4 else images
+        if batch.ndim != 5 or batch.shape[2] != 3 or not batch.is_floating_point():
             raise InputError(
                 'expected float images [B, S, 3, H, W] or [S, 3, H, W] in [0, 1], got '
                 f'{images.dtype} {list(images.shape)}'
             )
-        if 0 in images.shape or images.shape[-2] % patch or images.shape[-1] % patch:
+        height, width = batch.shape[-2:]
+        if 0 in batch.shape or height % patch or width % patch:
             raise InputError(
                 f'image sides must be whole multiples of the patch size {patch}, got '
-                f'{images.shape[-2]} x {images.shape[-1]} (H x W); see stream3r_core.image.prepare'
+                f'{height} x {width} (H x W); see stream3r_core.image.prepare'
             )
-        return images.float()
+        return batch.float()
 
     def _checked_queries(self, query_points: Tensor | None, batch: int) -> Tensor | None:
         if query_points is None:
@@ -173,7 +178,8 @@ class CausalVGGT(nn.Module):
         queries = query_points[None] if query_points.ndim == 2 else query_points
         if queries.ndim != 3 or queries.shape[-1] != 2 or len(queries) != batch:
             raise InputError(
-                f'expected query_points [{batch}, Q, 2], pixels (x, y), got {list(query_points.shape)}'
+                f'expected query_points [{batch}, Q, 2], pixels (x, y), '
+                f'got {list(query_points.shape)}'
             )
         return queries.float()
 

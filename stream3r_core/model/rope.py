@@ -1,4 +1,4 @@
-"""Two-dimensional rotary positions: the first half of each head turns with y, the second with x."""
+"""Two-dimensional rotary positions: half of each head turns with y, half with x (model.md 6.1)."""
 
 import torch
 import torch.nn.functional as F

@@ -20,7 +20,7 @@ def sample(maps: Tensor, xy: Tensor, padding: str) -> Tensor:
 
 @cached_constant()
 def correlation_offsets(radius: int, device: torch.device) -> Tensor:
-    """Return [(2 r + 1)^2, 2] pixel offsets (x, y), x varying slowest as the checkpoints expect."""
+    """Return [(2 r + 1)^2, 2] offsets (x, y) in pixels; x varies slowest (model.md 12)."""
     steps = torch.arange(-radius, radius + 1, device=device, dtype=torch.float32)
     return torch.cartesian_prod(steps, steps)
 
@@ -107,7 +107,7 @@ class UpdateFormer(nn.Module):
         self.flow_head = nn.Linear(dim, 2 + config.features)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map track tokens [B, Q, S, width] to steps of pixels [B, Q, S, 2] and features [.., L]."""
+        """Map track tokens [B, Q, S, width] to steps in pixels [.., 2] and features [.., L]."""
         tokens = self.input_transform(self.input_norm(x))
         B, Q, S, _ = tokens.shape
         virtual = self.virual_tracks.expand(B, -1, S, -1)
@@ -148,7 +148,7 @@ class Tracker(nn.Module):
     def forward(
         self, features: Tensor, query_points: Tensor
     ) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Track ``query_points`` [B, Q, 2], pixels (x, y) of frame 0, in features [B, S, L, h, w]."""
+        """Track pixels (x, y) of frame 0, [B, Q, 2], through feature maps [B, S, L, h, w]."""
         c = self.config
         S = features.shape[1]
         maps = self.fmap_norm(features.movedim(2, -1)).movedim(-1, 2)
@@ -178,7 +178,8 @@ class Tracker(nn.Module):
         if min(maps.shape[-2:]) < coarsest:
             smallest = coarsest * self.config.stride
             raise InputError(
-                f'images are too small for point tracks: each side must be at least {smallest} pixels'
+                'images are too small for point tracks: each side must be at least '
+                f'{smallest} pixels'
             )
         levels = [maps]
         for _ in range(self.config.corr_levels - 1):
@@ -187,7 +188,7 @@ class Tracker(nn.Module):
         return levels
 
     def _correlate(self, pyramid: list[Tensor], track: Tensor, xy: Tensor) -> Tensor:
-        """Sample the similarity of each track [B, S, Q, L] around ``xy``: [B, S, Q, levels * taps]."""
+        """Sample the similarity of tracks [B, S, Q, L] around ``xy``: [B, S, Q, levels * taps]."""
         offsets = correlation_offsets(self.config.corr_radius, xy.device)
         sampled = []
         for level, maps in enumerate(pyramid):
@@ -219,5 +220,5 @@ class TrackHead(nn.Module):
     def forward(
         self, taps: list[Tensor], height: int, width: int, query_points: Tensor
     ) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Return pixels (x, y) of every iteration [B, S, Q, 2], visibility and confidence [B, S, Q]."""
+        """Return pixels (x, y) of all iterations [B, S, Q, 2], visibility, confidence [B, S, Q]."""
         return self.tracker(self.feature_extractor(taps, height, width), query_points)

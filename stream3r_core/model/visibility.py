@@ -11,7 +11,7 @@ MODES = ('full', 'causal', 'window')
 
 
 def visible_window(mode: str, window: int, num_frames: int) -> int | None:
-    """Return how many recent frames a frame sees, itself included; None: all frames, later ones too.
+    """Return how many recent frames a frame sees, itself included; None: all, later ones too.
 
     The first frame is always visible besides. Causal attention is a window over all frames.
     """
@@ -54,7 +54,7 @@ def _anchor_and_recent(x: Tensor, start: int, stop: int, P: int) -> Tensor:
 
 @cached_constant()
 def frame_bias(num_frames: int, window: int | None, device: torch.device) -> Tensor | None:
-    """Return the same rule as additive logits [S, S] for one token per frame; None: all visible."""
+    """Return the same rule as additive logits [S, S], one token per frame; None: all visible."""
     if window is None:
         return None
     query = torch.arange(num_frames, device=device)[:, None]

@@ -27,7 +27,7 @@ class PositionGrid:
         self._key = self._resized = None
 
     def __call__(self, parameter: Tensor, num_prefix: int, rows: int, columns: int) -> Tensor:
-        """Return [1, num_prefix + rows * columns, C] float32; the prefix entries stay as they are."""
+        """Return [1, num_prefix + rows * columns, C] float32; the prefix entries are kept."""
         if torch.is_grad_enabled():
             return self._resize(parameter, num_prefix, rows, columns)
         version = None if parameter.is_inference() else parameter._version
