@@ -41,43 +41,47 @@ class MessageFactory:
         self._sequence = sequence
         self.serialize = serialize
 
+    def make(self, type_name: str, **fields: Any) -> Any:
+        """Return a message of a type such as 'sensor_msgs/msg/Image' from all of its fields."""
+        return self._class(type_name)(**fields)
+
     def header(self, stamp_ns: int, frame_id: str) -> Any:
         """Return a std_msgs/Header."""
         sec, nanosec = divmod(stamp_ns, 10**9)
-        stamp = self._make('builtin_interfaces/msg/Time', sec=sec, nanosec=nanosec)
-        return self._make('std_msgs/msg/Header', stamp=stamp, frame_id=frame_id)
+        stamp = self.make('builtin_interfaces/msg/Time', sec=sec, nanosec=nanosec)
+        return self.make('std_msgs/msg/Header', stamp=stamp, frame_id=frame_id)
 
     def transform(
         self, T_parent_child: np.ndarray, stamp_ns: int, parent_frame: str, child_frame: str
     ) -> Any:
         """Return a geometry_msgs/TransformStamped."""
         translation, rotation = self._rigid('Vector3', T_parent_child)
-        return self._make(
+        return self.make(
             'geometry_msgs/msg/TransformStamped',
             header=self.header(stamp_ns, parent_frame),
             child_frame_id=child_frame,
-            transform=self._make(
+            transform=self.make(
                 'geometry_msgs/msg/Transform', translation=translation, rotation=rotation
             ),
         )
 
     def tf(self, transforms: Sequence[Any]) -> Any:
         """Return a tf2_msgs/TFMessage of transforms."""
-        return self._make('tf2_msgs/msg/TFMessage', transforms=list(transforms))
+        return self.make('tf2_msgs/msg/TFMessage', transforms=list(transforms))
 
     def pose(self, T_frame_body: np.ndarray, stamp_ns: int, frame_id: str) -> Any:
         """Return a geometry_msgs/PoseStamped."""
         position, orientation = self._rigid('Point', T_frame_body)
-        return self._make(
+        return self.make(
             'geometry_msgs/msg/PoseStamped',
             header=self.header(stamp_ns, frame_id),
-            pose=self._make('geometry_msgs/msg/Pose', position=position, orientation=orientation),
+            pose=self.make('geometry_msgs/msg/Pose', position=position, orientation=orientation),
         )
 
     def path(self, poses: Sequence[Any], stamp_ns: int, frame_id: str) -> Any:
         """Return a nav_msgs/Path of stamped poses, each with its own stamp."""
         header = self.header(stamp_ns, frame_id)
-        return self._make('nav_msgs/msg/Path', header=header, poses=list(poses))
+        return self.make('nav_msgs/msg/Path', header=header, poses=list(poses))
 
     def float_image(self, values: np.ndarray, stamp_ns: int, frame_id: str) -> Any:
         """Return a 32FC1 sensor_msgs/Image of ``values`` [H, W]; depth: metres, NaN = invalid."""
@@ -89,7 +93,7 @@ class MessageFactory:
 
     def compressed_image(self, data: bytes, format: str, stamp_ns: int, frame_id: str) -> Any:
         """Return a sensor_msgs/CompressedImage of an encoded picture ('jpeg' or 'png')."""
-        return self._make(
+        return self.make(
             'sensor_msgs/msg/CompressedImage',
             header=self.header(stamp_ns, frame_id),
             format=format,
@@ -101,7 +105,7 @@ class MessageFactory:
     ) -> Any:
         """Return the sensor_msgs/CameraInfo of an image without distortion; K [3, 3] in pixels."""
         K = np.asarray(K, dtype=np.float64)
-        return self._make(
+        return self.make(
             'sensor_msgs/msg/CameraInfo',
             header=self.header(stamp_ns, frame_id),
             height=height,
@@ -113,7 +117,7 @@ class MessageFactory:
             p=np.hstack([K, np.zeros((3, 1))]).ravel(),
             binning_x=0,
             binning_y=0,
-            roi=self._make(
+            roi=self.make(
                 'sensor_msgs/msg/RegionOfInterest',
                 x_offset=0,
                 y_offset=0,
@@ -141,7 +145,7 @@ class MessageFactory:
         red, green, blue = colors_rgb.astype(np.uint32).T
         packed['rgb'] = red << 16 | green << 8 | blue
         packed['confidence'] = confidence
-        return self._make(
+        return self.make(
             'sensor_msgs/msg/PointCloud2',
             header=self.header(stamp_ns, frame_id),
             height=1,
@@ -154,11 +158,8 @@ class MessageFactory:
             is_dense=True,
         )
 
-    def _make(self, type_name: str, **fields: Any) -> Any:
-        return self._class(type_name)(**fields)
-
     def _image(self, encoding: str, pixels: np.ndarray, stamp_ns: int, frame_id: str) -> Any:
-        return self._make(
+        return self.make(
             'sensor_msgs/msg/Image',
             header=self.header(stamp_ns, frame_id),
             height=pixels.shape[0],
@@ -174,12 +175,12 @@ class MessageFactory:
         x, y, z = T[:3, 3].tolist()
         quat_xyzw = matrix_to_quat_xyzw(torch.from_numpy(T[:3, :3])).tolist()
         return (
-            self._make(f'geometry_msgs/msg/{translation_type}', x=x, y=y, z=z),
-            self._make('geometry_msgs/msg/Quaternion', **dict(zip('xyzw', quat_xyzw))),
+            self.make(f'geometry_msgs/msg/{translation_type}', x=x, y=y, z=z),
+            self.make('geometry_msgs/msg/Quaternion', **dict(zip('xyzw', quat_xyzw))),
         )
 
     def _point_field(self, name: str) -> Any:
-        return self._make(
+        return self.make(
             'sensor_msgs/msg/PointField',
             name=name,
             offset=POINT.fields[name][1],
