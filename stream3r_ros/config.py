@@ -51,6 +51,7 @@ class OutputsConfig:
     pose: OutputConfig = field(default_factory=OutputConfig)
     path: PathOutputConfig = field(default_factory=PathOutputConfig)
     depth: OutputConfig = field(default_factory=OutputConfig)
+    confidence: OutputConfig = field(default_factory=OutputConfig)
     cloud: OutputConfig = field(default_factory=OutputConfig)
     map: MapOutputConfig = field(default_factory=MapOutputConfig)
 

@@ -189,20 +189,22 @@ class MessageFactory:
         )
 
 
+def rclpy_class(type_name: str) -> type:
+    """Return rclpy's class of a type such as 'sensor_msgs/msg/Image'."""
+    package, kind, name = type_name.split('/')
+    return getattr(import_module(f'{package}.{kind}'), name)
+
+
 def rclpy_messages() -> MessageFactory:
     """Return the factory of the classes that rclpy publishes; needs a ROS 2 installation."""
     from rclpy.serialization import serialize_message
-
-    def message_class(type_name: str) -> type:
-        package, kind, name = type_name.split('/')
-        return getattr(import_module(f'{package}.{kind}'), name)
 
     def sequence(values: np.ndarray) -> array.array:
         field = array.array(values.dtype.char)
         field.frombytes(values.view(np.uint8))
         return field
 
-    return MessageFactory(message_class, sequence, serialize_message)
+    return MessageFactory(rclpy_class, sequence, serialize_message)
 
 
 def rosbags_messages() -> MessageFactory:

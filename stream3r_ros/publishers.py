@@ -1,0 +1,108 @@
+"""The node's output topics: what is switched on, due and wanted is built and sent."""
+
+from typing import Any
+
+from rclpy.node import Node
+from rclpy.publisher import Publisher
+from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.qos_overriding_options import QoSOverridingOptions
+
+from stream3r_core.types import FramePrediction
+from stream3r_ros.config import NodeConfig, OutputConfig
+from stream3r_ros.messages import rclpy_class, rclpy_messages
+from stream3r_ros.outputs import FRAME_TOPICS, TOPICS, FrameOutputs, Outputs, Topic
+
+# Which switch of NodeConfig.outputs each topic obeys; /tf has publish_tf.
+SWITCHES = {
+    '~/pose': 'pose',
+    '~/depth/image': 'depth',
+    '~/depth/camera_info': 'depth',
+    '~/depth/confidence': 'confidence',
+    '~/cloud': 'cloud',
+}
+
+
+class Publishers:
+    """Publishes predictions, path and map of one session after the other.
+
+    Per-frame topics are built only for subscribers; TF goes out with every frame, and path and
+    map, which late subscribers get too, at their own pace. Only :meth:`publish_map` may be called
+    from another thread than the rest.
+    """
+
+    def __init__(self, node: Node, config: NodeConfig):
+        self._outputs = Outputs(
+            rclpy_messages(), config.map_frame, max_path_poses=config.outputs.path.max_poses
+        )
+        self._publishers = {name: _publisher(node, name, TOPICS[name]) for name in TOPICS}
+        self._limits: dict[str, RateLimit] = {}
+
+    def reset(self) -> None:
+        """Begin a new session: an empty path, and no memory of earlier stamps."""
+        self._outputs.reset()
+        self._limits.clear()
+
+    def publish(self, prediction: FramePrediction, camera_frame: str, config: NodeConfig) -> None:
+        """Send what ``config`` asks for about one frame; its transform first."""
+        self._outputs.min_confidence = config.mapping.min_confidence
+        frame = self._outputs.add(prediction, camera_frame)
+        if config.publish_tf:
+            self._send('/tf', frame.tf())
+        due = {
+            name: self._is_due(name, getattr(config.outputs, name), frame.stamp_ns)
+            for name in {*SWITCHES.values(), 'path'}
+        }
+        for topic in FRAME_TOPICS:
+            if topic in SWITCHES and due[SWITCHES[topic]]:
+                self._send_if_wanted(topic, frame)
+        if due['path']:
+            self._send('~/path', self._outputs.path(frame.stamp_ns))
+
+    def publish_map(self, cloud: Any, stamp_ns: int) -> None:
+        """Send the accumulated map, a ``MapCloud`` in the world frame."""
+        self._send('~/map', self._outputs.map(cloud, stamp_ns))
+
+    def _is_due(self, name: str, option: OutputConfig, stamp_ns: int) -> bool:
+        limit = self._limits.setdefault(name, RateLimit())
+        return option.enabled and limit.is_due(stamp_ns, option.max_rate_hz)
+
+    def _send_if_wanted(self, topic: str, frame: FrameOutputs) -> None:
+        if self._publishers[topic].get_subscription_count():
+            self._send(topic, frame.message(topic))
+
+    def _send(self, topic: str, message: Any) -> None:
+        self._publishers[topic].publish(message)
+
+
+class RateLimit:
+    """Thins a stream of stamps to a rate, without drift against the stream's own rate."""
+
+    def __init__(self):
+        self._next_ns: float = float('-inf')
+
+    def is_due(self, stamp_ns: int, max_rate_hz: float) -> bool:
+        """Return whether a message with this stamp may go out; 0 Hz = always."""
+        if stamp_ns < self._next_ns:
+            return False
+        if max_rate_hz:
+            period_ns = 1e9 / max_rate_hz
+            self._next_ns = max(self._next_ns, stamp_ns - period_ns) + period_ns
+        return True
+
+
+def qos_profile(topic: Topic) -> QoSProfile:
+    """Return the offered quality of service of an output topic."""
+    latched = DurabilityPolicy.TRANSIENT_LOCAL if topic.latched else DurabilityPolicy.VOLATILE
+    return QoSProfile(
+        history=HistoryPolicy.KEEP_LAST,
+        depth=topic.depth,
+        reliability=ReliabilityPolicy.RELIABLE,
+        durability=latched,
+    )
+
+
+def _publisher(node: Node, name: str, topic: Topic) -> Publisher:
+    overridable = None if name == '/tf' else QoSOverridingOptions.with_default_policies()
+    return node.create_publisher(
+        rclpy_class(topic.type), name, qos_profile(topic), qos_overriding_options=overridable
+    )
