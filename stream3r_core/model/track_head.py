@@ -220,5 +220,5 @@ class TrackHead(nn.Module):
     def forward(
         self, taps: list[Tensor], height: int, width: int, query_points: Tensor
     ) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Return pixels (x, y) of all iterations [B, S, Q, 2], visibility, confidence [B, S, Q]."""
+        """Return pixels of all iterations [B, S, Q, 2], visibility and confidence [B, S, Q]."""
         return self.tracker(self.feature_extractor(taps, height, width), query_points)
