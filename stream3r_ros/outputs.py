@@ -14,28 +14,28 @@ import numpy as np
 from stream3r_core.geometry import unproject
 from stream3r_core.types import FramePrediction
 from stream3r_ros.messages import MessageFactory
+from stream3r_ros.qos import LATCHED, Qos
 
 # REP-103: an optical frame (x right, y down, z forward) as seen from its body (x forward, z up).
 T_BODY_OPTICAL = np.array([[0.0, 0, 1, 0], [-1, 0, 0, 0], [0, -1, 0, 0], [0, 0, 0, 1]])
 
 
 class Topic(NamedTuple):
-    """Type and offered quality of service of an output topic; all are reliable, keep last."""
+    """Type and offered quality of service of an output topic."""
 
     type: str
-    depth: int = 5
-    latched: bool = False  # transient local: late subscribers get the last message
+    qos: Qos = Qos(depth=5)
 
 
 TOPICS = {
-    '/tf': Topic('tf2_msgs/msg/TFMessage', depth=100),
+    '/tf': Topic('tf2_msgs/msg/TFMessage', Qos(depth=100)),
     '~/pose': Topic('geometry_msgs/msg/PoseStamped'),
     '~/depth/image': Topic('sensor_msgs/msg/Image'),
     '~/depth/confidence': Topic('sensor_msgs/msg/Image'),
     '~/depth/camera_info': Topic('sensor_msgs/msg/CameraInfo'),
     '~/cloud': Topic('sensor_msgs/msg/PointCloud2'),
-    '~/path': Topic('nav_msgs/msg/Path', depth=1, latched=True),
-    '~/map': Topic('sensor_msgs/msg/PointCloud2', depth=1, latched=True),
+    '~/path': Topic('nav_msgs/msg/Path', LATCHED),
+    '~/map': Topic('sensor_msgs/msg/PointCloud2', LATCHED),
 }
 
 
