@@ -147,7 +147,7 @@ def _check_size(width: int, height: int) -> None:
         raise InputError(f'image size must be positive, got {width} x {height}')
     if width * height > MAX_PIXELS:
         raise InputError(
-            f'image of {width} x {height}: more than {MAX_PIXELS} pixels, taken for a corrupt message'
+            f'image of {width} x {height}: more than {MAX_PIXELS} pixels, surely corrupt'
         )
 
 

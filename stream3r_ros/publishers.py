@@ -4,7 +4,6 @@ from typing import Any
 
 from rclpy.node import Node
 from rclpy.publisher import Publisher
-from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.qos_overriding_options import QoSOverridingOptions
 
 from stream3r_core.types import FramePrediction
@@ -90,19 +89,8 @@ class RateLimit:
         return True
 
 
-def qos_profile(topic: Topic) -> QoSProfile:
-    """Return the offered quality of service of an output topic."""
-    latched = DurabilityPolicy.TRANSIENT_LOCAL if topic.latched else DurabilityPolicy.VOLATILE
-    return QoSProfile(
-        history=HistoryPolicy.KEEP_LAST,
-        depth=topic.depth,
-        reliability=ReliabilityPolicy.RELIABLE,
-        durability=latched,
-    )
-
-
 def _publisher(node: Node, name: str, topic: Topic) -> Publisher:
     overridable = None if name == '/tf' else QoSOverridingOptions.with_default_policies()
     return node.create_publisher(
-        rclpy_class(topic.type), name, qos_profile(topic), qos_overriding_options=overridable
+        rclpy_class(topic.type), name, topic.qos.for_rclpy(), qos_overriding_options=overridable
     )
