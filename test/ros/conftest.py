@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from stream3r_ros.dds import private_graph, use_large_messages
+from stream3r_ros.environment import prepare_environment, private_graph
 
 CHILD_DEADLINE_S = 60
 
@@ -14,7 +14,7 @@ CHILD_DEADLINE_S = 60
 @pytest.fixture
 def graph(monkeypatch):
     """Put this process, and children with its environment, on a private ROS graph."""
-    use_large_messages(os.environ)
+    prepare_environment(os.environ)
     with private_graph() as variables:
         for name, value in variables.items():
             monkeypatch.setenv(name, value)

@@ -1,10 +1,19 @@
-"""With the shipped DDS profile, camera images and clouds of megabytes arrive, all of them."""
+"""What a ROS process starts in: a DDS profile for large messages, a place for logs, a domain."""
 
+import os
+import subprocess
+import sys
+import tempfile
 from xml.etree import ElementTree
 
 import pytest
 
-from stream3r_ros.dds import PROFILE_VARIABLES, private_graph, use_large_messages
+from stream3r_ros.environment import (
+    LOG_VARIABLES,
+    PROFILE_VARIABLES,
+    prepare_environment,
+    private_graph,
+)
 from stream3r_ros.resources import resource
 
 IMAGES, CLOUDS = 60, 10
@@ -73,23 +82,34 @@ def test_every_image_and_cloud_arrives_best_effort_between_two_processes(spawn, 
 
 
 def test_the_profile_is_set_for_fast_dds_2_and_3():
-    environ = {}
-    use_large_messages(environ)
-    assert environ == dict.fromkeys(PROFILE_VARIABLES, str(resource('config/fastdds.xml')))
+    environ = {'HOME': '/home/someone'}
+    prepare_environment(environ)
+    assert {environ[name] for name in PROFILE_VARIABLES} == {str(resource('config/fastdds.xml'))}
 
 
 @pytest.mark.parametrize('name', [*PROFILE_VARIABLES, 'FASTDDS_BUILTIN_TRANSPORTS'])
 def test_a_choice_of_the_user_is_kept(name):
-    environ = {name: 'mine'}
-    use_large_messages(environ)
-    assert environ == {name: 'mine'}
+    environ = {name: 'mine', 'HOME': '/home/someone'}
+    prepare_environment(environ)
+    assert environ == {name: 'mine', 'HOME': '/home/someone'}
 
 
 def test_an_empty_value_is_replaced_instead_of_read_as_broken_xml():
     environ = dict.fromkeys([*PROFILE_VARIABLES, 'FASTDDS_BUILTIN_TRANSPORTS'], '')
-    use_large_messages(environ)
-    assert set(environ) == set(PROFILE_VARIABLES)
-    assert all(environ.values())
+    prepare_environment(environ)
+    assert all(environ[name] for name in PROFILE_VARIABLES)
+    assert 'FASTDDS_BUILTIN_TRANSPORTS' not in environ
+
+
+@pytest.mark.ros
+def test_rclpy_starts_and_logs_where_there_is_no_home(graph, monkeypatch, tmp_path):
+    environ = {name: value for name, value in os.environ.items() if name not in LOG_VARIABLES}
+    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
+    prepare_environment(environ)
+    code = 'import rclpy; rclpy.init(); rclpy.create_node("node").get_logger().info("written")'
+    subprocess.run([sys.executable, '-c', code], check=True, timeout=60, env=environ)
+    logs = [path.read_text() for path in (tmp_path / 'ros_log').glob('*.log')]
+    assert any('written' in log for log in logs), logs
 
 
 def test_the_profile_allows_what_the_documentation_says():

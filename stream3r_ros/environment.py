@@ -1,8 +1,9 @@
-"""Settings of the DDS layer under ROS 2 that images and clouds need."""
+"""The environment that a ROS 2 process of this package starts in."""
 
 import os
 import random
 import socket
+import tempfile
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 
@@ -12,15 +13,23 @@ from stream3r_ros.resources import resource
 # Fast DDS 2 (Humble, Jazzy) and Fast DDS 3 (Kilted) read the first and the second name.
 PROFILE_VARIABLES = ('FASTRTPS_DEFAULT_PROFILES_FILE', 'FASTDDS_DEFAULT_PROFILES_FILE')
 TRANSPORT_VARIABLE = 'FASTDDS_BUILTIN_TRANSPORTS'
+LOG_VARIABLES = ('ROS_LOG_DIR', 'ROS_HOME', 'HOME')
 
 
-def use_large_messages(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Let images and clouds through Fast DDS: point it to ``config/fastdds.xml``.
+def prepare_environment(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Give ROS 2 what it does not come with; call before ``rclpy.init``, children inherit it.
 
-    Call before ``rclpy.init``; child processes inherit it. With its defaults Fast DDS loses most
-    best-effort messages above 500 kB. A profile or transport that the user chose is kept; an empty
-    value, which Fast DDS would report as broken XML, counts as none.
+    - Images and clouds get through Fast DDS by ``config/fastdds.xml``; with its defaults it loses
+      most best-effort messages above 500 kB. A profile or transport that the user chose is kept;
+      an empty value, which Fast DDS would report as broken XML, counts as none.
+    - Logs go to the temporary folder where there is no home, without which rclpy does not start.
     """
+    _choose_dds_profile(environ)
+    if not any(environ.get(name) for name in LOG_VARIABLES):
+        environ['ROS_LOG_DIR'] = os.path.join(tempfile.gettempdir(), 'ros_log')
+
+
+def _choose_dds_profile(environ: MutableMapping[str, str]) -> None:
     for name in (*PROFILE_VARIABLES, TRANSPORT_VARIABLE):
         if environ.get(name):
             return
