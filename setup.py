@@ -34,7 +34,7 @@ setup(
         'evo',
     ],
     extras_require={
-        'test': ['pytest', 'hypothesis', 'ruff'],
+        'test': ['pytest', 'hypothesis', 'ruff', 'triton'],
         'gpu': ['triton', 'flash-attn'],
         'open3d': ['open3d'],
         'viewer': ['viser'],

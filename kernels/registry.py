@@ -1,0 +1,119 @@
+"""Which attention backend runs, and why the others cannot.
+
+Every backend takes q [B, H, M, D] and k, v [B, H, N, D] and an optional key bias; its module is
+imported when it is first considered, never with the package.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+class Request(NamedTuple):
+    """What a call asks of a backend."""
+
+    device: str  # torch device type
+    dtype: torch.dtype
+    head_dim: int
+    bias: bool
+    column_sums: bool
+
+    @classmethod
+    def of(cls, q: Tensor, bias: Tensor | None, column_sums: bool) -> 'Request':
+        """Describe a call by its arguments."""
+        return cls(q.device.type, q.dtype, q.shape[-1], bias is not None, column_sums)
+
+
+class Backend(NamedTuple):
+    """A way to compute attention."""
+
+    name: str
+    refusal: Callable[[Request], str | None]  # None: it can serve the request
+    run: Callable[..., Tensor | tuple[Tensor, Tensor]]
+
+
+def _refuse_flash(request: Request) -> str | None:
+    from stream3r_core.kernels import flash
+
+    if request.column_sums:
+        return 'does not return column sums'
+    if request.bias:
+        return 'takes no key bias'
+    if request.device != 'cuda' or request.dtype not in HALF:
+        return f'serves float16 and bfloat16 on cuda, not {request.dtype} on {request.device}'
+    if request.head_dim > flash.MAX_HEAD_DIM or request.head_dim % 8:
+        return f'serves head widths that are multiples of 8 up to {flash.MAX_HEAD_DIM}'
+    return flash.unavailable()
+
+
+def _refuse_sdpa(request: Request) -> str | None:
+    return 'does not return column sums' if request.column_sums else None
+
+
+def _refuse_triton(request: Request) -> str | None:
+    from stream3r_core.kernels import triton_support
+
+    if not request.column_sums:
+        return 'is chosen for column sums only'
+    if request.device != 'cuda':
+        return f'runs on cuda, not on {request.device} (interpreter: tests only)'
+    if not 16 <= request.head_dim <= 128:
+        return f'serves head widths 16 to 128, not {request.head_dim}'
+    return triton_support.unavailable()
+
+
+def _refuse_tiled(request: Request) -> str | None:
+    return None if request.column_sums else 'is chosen for column sums only'
+
+
+def _run_flash(q, k, v, bias=None):
+    from stream3r_core.kernels import flash
+
+    return flash.attention(q, k, v, bias).out
+
+
+def _run_sdpa(q, k, v, bias=None):
+    mask = None if bias is None else bias.to(q.dtype)
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def _run_triton(q, k, v, bias=None, query_fraction=1.0):
+    from stream3r_core.kernels import triton_attention
+
+    result = triton_attention.attention(q, k, v, bias, query_fraction)
+    return result.out, result.column_sums
+
+
+def _run_tiled(q, k, v, bias=None, query_fraction=1.0):
+    from stream3r_core.kernels import tiled
+
+    return tiled.attention_with_column_sums(q, k, v, bias, query_fraction)
+
+
+#: In order of preference.
+BACKENDS = (
+    Backend('flash-attn', _refuse_flash, _run_flash),
+    Backend('sdpa', _refuse_sdpa, _run_sdpa),
+    Backend('triton', _refuse_triton, _run_triton),
+    Backend('pytorch', _refuse_tiled, _run_tiled),
+)
+
+
+@functools.cache
+def choose(request: Request) -> Backend:
+    """Return the first backend that serves the request; PyTorch serves every one."""
+    return next(backend for backend in BACKENDS if backend.refusal(request) is None)
+
+
+def explain(request: Request) -> dict[str, str]:
+    """Say for every backend whether it runs, could run, or why it cannot."""
+    chosen = choose(request).name
+    return {
+        backend.name: 'runs' if backend.name == chosen else backend.refusal(request) or 'could run'
+        for backend in BACKENDS
+    }
