@@ -1,14 +1,16 @@
 """From image to pose, depth and map: the one path that node, replay and demo share."""
 
 import dataclasses
+from collections.abc import Iterable, Iterator
 
 import torch
 
 from stream3r_core.checkpoints import load_model
 from stream3r_core.config import CoreConfig, WeightsConfig
 from stream3r_core.errors import ConfigError
+from stream3r_core.image import prepare_photos
 from stream3r_core.mapping import VoxelMap
-from stream3r_core.session import StreamSession
+from stream3r_core.session import StreamSession, to_prediction
 from stream3r_core.types import FramePrediction
 
 
@@ -21,7 +23,7 @@ class Reconstructor:
             model,
             **dataclasses.asdict(config.session),
             image=config.image,
-            outputs=('depth', 'points') if config.mapping.source == 'points' else ('depth',),
+            outputs=needed_outputs(config),
         )
         self.map = VoxelMap(config.mapping)
 
@@ -40,6 +42,26 @@ class Reconstructor:
         self.session.reset()
         if not keep_map:
             self.map.clear()
+
+
+def needed_outputs(config: CoreConfig) -> tuple[str, ...]:
+    """Return the dense heads that the map reads; poses are always computed."""
+    return ('depth', 'points') if config.mapping.source == 'points' else ('depth',)
+
+
+def reconstruct_photos(model, images: Iterable, config: CoreConfig) -> Iterator[FramePrediction]:
+    """Yield the predictions of an unordered set of photos that all see each other (mode full).
+
+    ``images`` as for :meth:`StreamSession.step`, of any sizes; memory grows with their number.
+    The world frame is the camera frame of the first photo.
+    """
+    frames, geometries = prepare_photos(images, config.image, model.config)
+    with torch.inference_mode():
+        raw = model(frames[None].to(model.device), mode='full', outputs=needed_outputs(config))
+    raw.pop('pose_enc_list')
+    for index, geometry in enumerate(geometries):
+        one = {name: value[0, index] for name, value in raw.items()}
+        yield to_prediction(one, frames[index], geometry, index).to('cpu')
 
 
 def load_configured_model(config: WeightsConfig):

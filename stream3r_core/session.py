@@ -91,7 +91,7 @@ class StreamSession:
         ``world_points_conf`` [H, W].
         """
         self._check_frame(image)
-        images = image.to(next(self.model.parameters()).device, non_blocking=True)[None, None]
+        images = image.to(self.model.device, non_blocking=True)[None, None]
         try:
             raw = self.model.stream(
                 images, self.cache, self.camera_cache, self.num_frames == 0, self.outputs
