@@ -10,6 +10,7 @@ from scipy.spatial.transform import Rotation
 
 from stream3r_core.errors import DataError, OutputError
 from stream3r_core.evaluation.trajectory import Trajectory
+from stream3r_core.files import atomic_write
 
 FORMATS = {
     'tum': '8 numbers per line: stamp_s tx ty tz qx qy qz qw',
@@ -65,7 +66,6 @@ class TumWriter:
 
     def __init__(self, path: str | os.PathLike):
         try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
             self._file = open(path, 'w', encoding='ascii', buffering=1)
         except OSError as error:
             raise OutputError(f'cannot write the trajectory {path}: {error}') from error
@@ -110,15 +110,8 @@ def write_kitti(path: str | os.PathLike, trajectory: Trajectory) -> None:
 
 def write_lines(path: str | os.PathLike, lines: Iterable[str]) -> None:
     """Replace ``path`` by these lines in one step: readers see the old file or the whole new."""
-    path = Path(path)
-    partial = path.with_name(path.name + '.part')
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, 'w', encoding='utf-8') as file:
-            file.writelines(f'{line}\n' for line in lines)
-        os.replace(partial, path)
-    except OSError as error:
-        raise OutputError(f'cannot write {path}: {error}') from error
+    with atomic_write(Path(path)) as file:
+        file.writelines(f'{line}\n'.encode() for line in lines)
 
 
 def _rows(path: str | os.PathLike) -> list[tuple[int, list[str], bool]]:

@@ -43,8 +43,8 @@ def test_exponents_and_short_fractions_are_exact():
 
 
 def test_tum_round_trip_is_exact(tmp_path):
-    write_tum(tmp_path / 'a' / 'run.txt', trajectory())
-    back = read_trajectory(tmp_path / 'a' / 'run.txt')
+    write_tum(tmp_path / 'run.txt', trajectory())
+    back = read_trajectory(tmp_path / 'run.txt')
     assert back.stamps_ns.tolist() == STAMPS.tolist()
     assert back.positions_m.tolist() == trajectory().positions_m.tolist()
     np.testing.assert_allclose(back.T_world_camera, trajectory().T_world_camera, atol=1e-15)
