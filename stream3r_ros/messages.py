@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from stream3r_core.geometry import matrix_to_quat_xyzw
+from stream3r_core.mapping.cloud import pack_rgb
 
 FLOAT32 = 7  # sensor_msgs/PointField.FLOAT32
-POINT = np.dtype([('x', '<f4'), ('y', '<f4'), ('z', '<f4'), ('rgb', '<u4'), ('confidence', '<f4')])
+POINT = np.dtype([('x', '<f4'), ('y', '<f4'), ('z', '<f4'), ('rgb', '<f4'), ('confidence', '<f4')])
 
 
 class MessageFactory:
@@ -142,8 +143,7 @@ class MessageFactory:
         """
         packed = np.empty(len(points_xyz), POINT)
         packed.view('<f4').reshape(-1, 5)[:, :3] = points_xyz
-        red, green, blue = colors_rgb.astype(np.uint32).T
-        packed['rgb'] = red << 16 | green << 8 | blue
+        packed['rgb'] = pack_rgb(colors_rgb)
         packed['confidence'] = confidence
         return self.make(
             'sensor_msgs/msg/PointCloud2',

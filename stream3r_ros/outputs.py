@@ -5,13 +5,17 @@ all messages but those that lie in the camera frame; ``T_map_world`` stands betw
 and nowhere else.
 """
 
+import dataclasses
 from collections import deque
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from stream3r_core.config import MappingConfig
 from stream3r_core.geometry import unproject
+from stream3r_core.mapping import MapCloud
+from stream3r_core.mapping.filters import reliable_pixels
 from stream3r_core.types import FramePrediction
 from stream3r_ros.messages import MessageFactory
 from stream3r_ros.qos import LATCHED, Qos
@@ -44,7 +48,7 @@ class Outputs:
 
     With the default ``T_map_world`` the first camera looks along the map's x axis with z up, so
     that a camera held level gives an upright map. ``max_path_poses`` bounds the path: the oldest
-    poses leave it.
+    poses leave it. ``mapping`` says which pixels are good enough for a cloud.
     """
 
     def __init__(
@@ -53,12 +57,12 @@ class Outputs:
         map_frame: str = 'map',
         T_map_world: np.ndarray = T_BODY_OPTICAL,  # [4, 4]
         max_path_poses: int = 1000,
-        min_confidence: float = 1.0,
+        mapping: MappingConfig | None = None,
     ):
         self.messages = messages
         self.map_frame = map_frame
         self.T_map_world = T_map_world
-        self.min_confidence = min_confidence
+        self.mapping = mapping or MappingConfig()
         self._poses: deque[Any] = deque(maxlen=max_path_poses)
 
     def reset(self) -> None:
@@ -78,13 +82,17 @@ class Outputs:
         """Return the nav_msgs/Path of the recent poses, each with its own stamp."""
         return self.messages.path(self._poses, stamp_ns, self.map_frame)
 
-    def map(self, cloud: Any, stamp_ns: int) -> Any:
-        """Return the map (a ``MapCloud`` in the world frame) as PointCloud2 in the map frame."""
-        R, t = self.T_map_world[:3, :3], self.T_map_world[:3, 3]
-        points_map = cloud.points_xyz @ R.T.astype(np.float32) + t.astype(np.float32)
+    def map(self, cloud: MapCloud, stamp_ns: int) -> Any:
+        """Return the map, given in the world frame, as PointCloud2 in the map frame."""
+        cloud = self.in_map_frame(cloud)
         return self.messages.cloud(
-            points_map, cloud.colors_rgb, cloud.confidence, stamp_ns, self.map_frame
+            cloud.points_xyz, cloud.colors_rgb, cloud.confidence, stamp_ns, self.map_frame
         )
+
+    def in_map_frame(self, cloud: MapCloud) -> MapCloud:
+        """Move a cloud from the world frame into the map frame, for messages and files."""
+        T = self.T_map_world.astype(np.float32)
+        return dataclasses.replace(cloud, points_xyz=cloud.points_xyz @ T[:3, :3].T + T[:3, 3])
 
 
 class FrameOutputs:
@@ -134,12 +142,13 @@ class FrameOutputs:
         )
 
     def cloud(self) -> Any:
-        """Return the confident points of this frame in the camera frame."""
+        """Return the unprojected depth of the reliable pixels in the camera frame."""
         p = self._prediction
-        keep = (p.depth > 0) & (p.depth_conf >= self._outputs.min_confidence)
-        points_camera = unproject(p.depth, p.K)[keep].numpy()
+        confidence = p.depth_conf.numpy()
+        keep = reliable_pixels(p.depth.numpy(), confidence, self._outputs.mapping)
+        points_camera = unproject(p.depth, p.K).numpy()[keep]
         return self._messages.cloud(
-            points_camera, p.rgb[keep].numpy(), p.depth_conf[keep].numpy(), *self._camera_header
+            points_camera, p.rgb.numpy()[keep], confidence[keep], *self._camera_header
         )
 
 

@@ -43,7 +43,7 @@ class Publishers:
 
     def publish(self, prediction: FramePrediction, camera_frame: str, config: NodeConfig) -> None:
         """Send what ``config`` asks for about one frame; its transform first."""
-        self._outputs.min_confidence = config.mapping.min_confidence
+        self._outputs.mapping = config.mapping
         frame = self._outputs.add(prediction, camera_frame)
         if config.publish_tf:
             self._send('/tf', frame.tf())

@@ -1,0 +1,184 @@
+"""Camera images from bags, videos and image files, through one protocol."""
+
+import logging
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import cv2
+import numpy as np
+
+from stream3r_core.errors import DataError, InputError
+from stream3r_core.evaluation.trajectory_files import parse_stamp_ns
+from stream3r_core.image import PHOTO_SUFFIXES, list_photos, load_photo
+from stream3r_ros.bag import BagMessage, BagReader, is_bag
+from stream3r_ros.conversions import camera_matrix, image_from_message, stamp_ns
+
+FILES_FRAME = 'camera_optical_frame'  # of inputs that name no frame
+DEFAULT_RATE_HZ = 30.0
+CAMERA_INFO = 'sensor_msgs/msg/CameraInfo'
+_log = logging.getLogger(__name__)
+_STAMPED_NAMES = re.compile(r'(?P<seconds>\d{9,10}\.\d+)|(?P<nanoseconds>\d{18,19})')
+
+
+class Frame(NamedTuple):
+    """One camera image: rgb uint8 [H, W, 3 or 4], its stamp, its frame, K [3, 3] if known."""
+
+    rgb: np.ndarray
+    stamp_ns: int
+    frame_id: str
+    K: np.ndarray | None = None
+
+
+class Source(Protocol):
+    """A finite sequence of camera images.
+
+    Iterating gives functions that load one frame each and raise :class:`InputError` for one that
+    is broken, so that the next one can still be taken. Iterating again starts anew.
+    """
+
+    name: str
+    num_frames: int
+
+    def __iter__(self) -> Iterator[Callable[[], Frame]]: ...
+
+
+class BagSource:
+    """The images of one topic of an open bag, in the order of their recording.
+
+    ``camera_info_topic`` gives all images the intrinsics of its first message; 'auto' takes the
+    one beside the image topic.
+    """
+
+    def __init__(self, bag: BagReader, image_topic: str = '', camera_info_topic: str = ''):
+        self._bag = bag
+        self.topic, _, self.num_frames = bag.image_topic(image_topic)
+        self.name = f'{bag.path} {self.topic}'
+        self._info = None
+        if camera_info_topic:
+            self._info = _first_camera_info(bag, camera_info_topic, self.topic)
+
+    def __iter__(self) -> Iterator[Callable[[], Frame]]:
+        for message in self._bag.messages([self.topic]):
+            yield lambda message=message: self._load(message)
+
+    def _load(self, recorded: BagMessage) -> Frame:
+        message = self._bag.deserialize(recorded)
+        rgb = image_from_message(message)
+        K = None
+        if self._info is not None:
+            if (self._info.height, self._info.width) != rgb.shape[:2]:
+                raise InputError(
+                    f'camera_info is for {self._info.width} x {self._info.height} pixels, '
+                    f'the image has {rgb.shape[1]} x {rgb.shape[0]}'
+                )
+            K = camera_matrix(self._info)
+        return Frame(rgb, stamp_ns(message), message.header.frame_id, K)
+
+
+class ImageFiles:
+    """Image files in their order.
+
+    File names that are seconds with decimals (TUM) or nanoseconds (EuRoC) are the stamps;
+    otherwise frame n is stamped n / ``rate_hz``.
+    """
+
+    def __init__(self, paths: Sequence[Path], rate_hz: float = DEFAULT_RATE_HZ):
+        self._paths = list(paths)
+        self.num_frames = len(self._paths)
+        self.name = str(self._paths[0].parent)
+        stamps = [_stamp_in_name(path) for path in self._paths]
+        if None in stamps:
+            stamps = [round(index * 1e9 / rate_hz) for index in range(self.num_frames)]
+        self._stamps_ns = stamps
+
+    def __iter__(self) -> Iterator[Callable[[], Frame]]:
+        for path, stamp in zip(self._paths, self._stamps_ns):
+            yield lambda path=path, stamp=stamp: self._load(path, stamp)
+
+    @staticmethod
+    def _load(path: Path, stamp: int) -> Frame:
+        try:
+            return Frame(load_photo(path), stamp, FILES_FRAME)
+        except DataError as error:  # one broken file is like one broken message
+            raise InputError(str(error)) from error
+
+
+class VideoFile:
+    """The frames of a video; frame n is stamped n / frame rate."""
+
+    def __init__(self, path: Path):
+        self.name = str(path)
+        self._path = path
+        video = self._open()
+        self._rate_hz = video.get(cv2.CAP_PROP_FPS)
+        self.num_frames = int(video.get(cv2.CAP_PROP_FRAME_COUNT))
+        if self._rate_hz <= 0 or self.num_frames <= 0:
+            raise DataError(f'{path}: the video states no frame rate or holds no frame')
+
+    def __iter__(self) -> Iterator[Callable[[], Frame]]:
+        video = self._open()
+        index = 0
+        while (decoded := video.read())[0]:
+            rgb = cv2.cvtColor(decoded[1], cv2.COLOR_BGR2RGB)
+            frame = Frame(rgb, round(index * 1e9 / self._rate_hz), FILES_FRAME)
+            yield lambda frame=frame: frame
+            index += 1
+        if index < self.num_frames:  # no error: some containers state an estimate
+            _log.warning('%s states %d frames, %d were decoded', self.name, self.num_frames, index)
+
+    def _open(self) -> cv2.VideoCapture:
+        video = cv2.VideoCapture(str(self._path))
+        if not video.isOpened():
+            raise DataError(
+                f'{self._path} is no bag, no image and cannot be opened as a video; images are '
+                f'*{", *".join(PHOTO_SUFFIXES)}'
+            )
+        return video
+
+
+def file_source(inputs: Sequence[str], rate_hz: float = DEFAULT_RATE_HZ) -> Source:
+    """Return the source of a folder of images, of image files or of a video.
+
+    Raises :class:`DataError` where the inputs are none of these.
+    """
+    paths = [Path(text) for text in inputs]
+    for path in paths:
+        if not path.exists():
+            raise DataError(f'{path}: no such file or folder')
+    if are_photos(inputs):
+        return ImageFiles(paths, rate_hz)
+    if len(paths) > 1:
+        odd = next(path for path in paths if path.suffix.lower() not in PHOTO_SUFFIXES)
+        raise DataError(f'several inputs must all be image files, got {odd}')
+    if paths[0].is_dir():
+        return ImageFiles(list_photos(paths[0]), rate_hz)
+    return VideoFile(paths[0])
+
+
+def are_photos(inputs: Sequence[str]) -> bool:
+    """Tell whether the inputs are image files, named one by one."""
+    return all(Path(text).suffix.lower() in PHOTO_SUFFIXES for text in inputs)
+
+
+def is_one_bag(inputs: Sequence[str]) -> bool:
+    """Tell whether the input is a bag."""
+    return len(inputs) == 1 and is_bag(inputs[0])
+
+
+def _first_camera_info(bag: BagReader, name: str, image_topic: str):
+    if name == 'auto':
+        name = image_topic.removesuffix('/compressed').rpartition('/')[0] + '/camera_info'
+    topic = bag.topic(name, (CAMERA_INFO,))
+    message = next(bag.messages([topic.name]), None)
+    if message is None:
+        raise DataError(f'{bag.path}: no message on {topic.name}')
+    return bag.deserialize(message)
+
+
+def _stamp_in_name(path: Path) -> int | None:
+    match = _STAMPED_NAMES.fullmatch(path.stem)
+    if match is None:
+        return None
+    return parse_stamp_ns(match['seconds']) if match['seconds'] else int(match['nanoseconds'])
