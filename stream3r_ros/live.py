@@ -1,0 +1,131 @@
+"""What the inference thread owns: session, map, poses, and the messages of every frame."""
+
+import logging
+from typing import Any
+
+import numpy as np
+import torch
+
+from stream3r_core.errors import InputError
+from stream3r_core.pipeline import Reconstructor
+from stream3r_ros.config import NodeConfig
+from stream3r_ros.conversions import camera_matrix, image_from_message, stamp_ns
+from stream3r_ros.diagnostics import ReconstructionFigures
+from stream3r_ros.publishers import Publishers
+from stream3r_ros.recorder import PoseRecorder, Snapshot
+from stream3r_ros.tf import camera_frame
+
+_log = logging.getLogger(__name__)
+
+
+class LiveReconstruction:
+    """Takes image messages one by one and publishes what they add.
+
+    All methods but :meth:`publish_map` belong to one thread. ``camera_info`` may be replaced at
+    any time: its intrinsics hold for images of the same size. A stamp that jumps back starts a
+    new session.
+    """
+
+    def __init__(self, model, config: NodeConfig, publishers: Publishers):
+        self._reconstructor = Reconstructor(model, config)
+        self._publishers = publishers
+        self._recorder = PoseRecorder(config.save_map.max_poses)
+        self._device = next(model.parameters()).device
+        self._last_stamp_ns: int | None = None
+        self._map_stamp_ns: int | None = None
+        self._published_version = self._reconstructor.map.version
+        self._last_warning = ''
+        self.camera_info: Any = None
+        self.figures = self._figures()
+
+    def process(self, message: Any, config: NodeConfig) -> None:
+        """Track one sensor_msgs/Image or CompressedImage, extend the map, publish.
+
+        Raises :class:`InputError` for an image that cannot be used; the session goes on.
+        """
+        stamp = self._check_stamp(message, config)
+        image = image_from_message(message)
+        frame = camera_frame(message.header.frame_id, config)
+        self._reconstructor.map.config = config.mapping
+        prediction = self._reconstructor.process(image, stamp, self._known_K(image))
+        self._last_stamp_ns = self._map_stamp_ns = stamp
+        self._recorder.add(stamp, prediction.T_world_camera.numpy())
+        self._publishers.publish(prediction, frame, config)
+        self.figures = self._figures()
+
+    def restart(self) -> None:
+        """Start a new session: the next image is its first frame, the map is empty."""
+        self._reconstructor.reset()
+        self._publishers.reset()
+        self._recorder.clear()
+        self._last_stamp_ns = None
+        self.figures = self._figures()
+
+    def snapshot(self) -> Snapshot:
+        """Return poses and map as they are now; raises InputError before the first frame."""
+        return Snapshot(
+            self._recorder.trajectory(),
+            self._reconstructor.map.points(),
+            self._recorder.num_forgotten,
+        )
+
+    def publish_map(self) -> None:
+        """Publish the map unless it is as last time; from any one thread."""
+        current = self._reconstructor.map
+        version = current.version
+        if version != self._published_version and self._map_stamp_ns is not None:
+            self._publishers.publish_map(current.points(), self._map_stamp_ns)
+            self._published_version = version
+
+    def _check_stamp(self, message: Any, config: NodeConfig) -> int:
+        stamp = stamp_ns(message)
+        if stamp < 0:
+            raise InputError(f'the image has a negative stamp ({stamp} ns)')
+        if self._last_stamp_ns is None or stamp > self._last_stamp_ns:
+            return stamp
+        late_s = (self._last_stamp_ns - stamp) / 1e9
+        if late_s == 0:
+            raise InputError(
+                f'the image has the stamp of the one before ({stamp} ns); does the camera stamp?'
+            )
+        if late_s < config.backward_jump_s:
+            raise InputError(f'the image is {late_s:.3f} s older than the one before')
+        _log.warning('time jumped back by %.3f s: a new session starts, with an empty map', late_s)
+        self.restart()
+        return stamp
+
+    def _known_K(self, image: np.ndarray) -> torch.Tensor | None:
+        """Return the camera's intrinsics [3, 3] if they are known for images of this size."""
+        info = self.camera_info
+        if info is None:
+            return None
+        if (info.height, info.width) != image.shape[:2]:
+            self._warn_once(
+                f'camera_info is for {info.width} x {info.height} pixels, the image has '
+                f'{image.shape[1]} x {image.shape[0]}: the predicted field of view is used'
+            )
+            return None
+        try:
+            K = torch.from_numpy(camera_matrix(info))
+        except InputError as error:
+            self._warn_once(f'{error}: the predicted field of view is used')
+            return None
+        if any(info.d):
+            self._warn_once(f'camera_info has distortion {list(info.d)}: images are not rectified')
+        return K
+
+    def _warn_once(self, text: str) -> None:
+        """Warn, unless that was the last warning too."""
+        if text != self._last_warning:
+            self._last_warning = text
+            _log.warning(text)
+
+    def _figures(self) -> ReconstructionFigures:
+        cache, cuda = self._reconstructor.session.cache, self._device.type == 'cuda'
+        return ReconstructionFigures(
+            cache_tokens=cache.num_tokens,
+            cache_bytes=cache.num_bytes,
+            cache_capacity_bytes=cache.capacity_bytes,
+            map_points=self._reconstructor.map.num_points,
+            gpu_bytes=torch.cuda.memory_allocated(self._device) if cuda else None,
+        )
