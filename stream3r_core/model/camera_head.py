@@ -10,6 +10,7 @@ from stream3r_core.config import ModelConfig
 from stream3r_core.model.blocks import AttentionFn, Block, Mlp
 
 POSE_DIM = 9  # translation 3, quaternion xyzw 4, vertical and horizontal field of view 2
+UNTRAINED_POSE = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0)  # at the origin, 1 rad wide
 
 
 class CameraHead(nn.Module):
@@ -29,6 +30,10 @@ class CameraHead(nn.Module):
         )
         self.trunk_norm = nn.LayerNorm(dim)
         self.pose_branch = Mlp(dim, dim // 2, POSE_DIM)
+        with torch.no_grad():  # start near a camera that exists: small steps from a fixed pose
+            step = torch.tensor(UNTRAINED_POSE) / self.num_iterations
+            self.pose_branch.fc2.bias.copy_(step)
+            self.pose_branch.fc2.weight.mul_(0.1)
 
     def forward(self, tokens: Tensor, attention: Callable[[int], AttentionFn]) -> list[Tensor]:
         """Return the pose encodings [B, S, 9] of every iteration, the last one being the answer.

@@ -1,6 +1,7 @@
 """The causal VGGT network: one architecture and one set of keys for STream3R, StreamVGGT, VGGT."""
 
 from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -34,6 +35,7 @@ class CausalVGGT(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.weights_info = None  # set by load_model
         self.aggregator = Aggregator(config)
         self.camera_head = CameraHead(config)
         self.point_head = DPTHead(config, out_dim=4)
@@ -201,6 +203,8 @@ class CachedAttention:
         return attended
 
 
-def full_precision(device: torch.device) -> torch.autocast:
+def full_precision(device: torch.device) -> AbstractContextManager:
     """Switch off autocast: the heads compute in float32 whatever surrounds the network."""
+    if not torch.amp.is_autocast_available(device.type):  # the meta device
+        return nullcontext()
     return torch.autocast(device.type, enabled=False)
