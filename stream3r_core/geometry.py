@@ -103,22 +103,24 @@ def encode_pose(T_camera_world: Tensor, K: Tensor, height: int, width: int) -> T
 def transform_points(T_a_b: Tensor, points_b: Tensor) -> Tensor:
     """Points [..., *, 3] of frame b in frame a; T_a_b [..., 4, 4] shares the leading axes."""
     batch = T_a_b.shape[:-2]
-    flat = points_b.reshape(*batch, -1, 3)
-    points_a = flat @ T_a_b[..., :3, :3].mT + T_a_b[..., None, :3, 3]
-    return points_a.reshape(points_b.shape)
+    planes = points_b.reshape(*batch, -1, 3).mT  # [..., 3, N]
+    points_a = T_a_b[..., :3, :3] @ planes + T_a_b[..., :3, 3:]
+    return points_a.mT.reshape(points_b.shape)
 
 
 def unproject(depth: Tensor, K: Tensor) -> Tensor:
     """Points in the camera frame [..., H, W, 3] of depth along the optical axis [..., H, W].
 
     ``K`` [..., 3, 3] without skew. Pixels are integer indices. Depth that is zero, negative or NaN
-    is carried through, for the caller to mask.
+    is carried through, for the caller to mask. In memory x, y and z are one plane each, which makes
+    what follows several times faster.
     """
     height, width = depth.shape[-2:]
     u = torch.arange(width, dtype=depth.dtype, device=depth.device)
     v = torch.arange(height, dtype=depth.dtype, device=depth.device).unsqueeze(-1)
     fx, fy, cx, cy = (K[..., i, j, None, None] for i, j in ((0, 0), (1, 1), (0, 2), (1, 2)))
-    return torch.stack([(u - cx) / fx * depth, (v - cy) / fy * depth, depth], -1)
+    planes = [(u - cx) / fx * depth, (v - cy) / fy * depth, depth]
+    return torch.stack(planes, -3).movedim(-3, -1)
 
 
 def unproject_to_world(depth: Tensor, K: Tensor, T_world_camera: Tensor) -> Tensor:

@@ -1,0 +1,296 @@
+"""The accumulated map: one weighted point per voxel, within a budget, changed frame by frame."""
+
+from collections import deque
+from dataclasses import dataclass
+from threading import Lock
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stream3r_core.config import MappingConfig
+from stream3r_core.errors import InputError
+from stream3r_core.geometry import unproject_to_world
+from stream3r_core.mapping.cloud import MapCloud
+from stream3r_core.mapping.filters import reliable_pixels
+from stream3r_core.mapping.voxel_index import CELL_LIMIT, VoxelIndex, group_keys, pack_cells
+from stream3r_core.types import FramePrediction
+
+# Weights are confidences. One frame counts at most 20 and a voxel at most 200: a very sure frame
+# cannot freeze a voxel, and the last 10 or more observations always matter.
+MAX_OBSERVATION_WEIGHT = 20.0
+MAX_WEIGHT = 200.0
+_MAX_CONFIDENCE = 1e4  # an exponential of the network: may overflow
+
+_XYZ, _RGB, _CONFIDENCE, _WEIGHT = slice(0, 3), slice(3, 6), 6, 7  # columns of the state
+_SWEEP = 4  # slots examined per slot freed
+_MIN_SWEEP = 4096
+
+
+@dataclass(frozen=True)
+class MapChange:
+    """What happened to the map after a version; arrays of equal length N.
+
+    Apply the rows in any order: each voxel id occurs once, with its newest state.
+    """
+
+    version: int  # of the map that this leads to; pass it to the next call
+    is_complete: bool  # these are all voxels there are: forget what came before
+    voxel_ids: np.ndarray  # [N] int64, constant as long as the map is not cleared
+    points_xyz: np.ndarray  # [N, 3] float32, world frame, scene units; NaN: removed
+    colors_rgb: np.ndarray  # [N, 3] uint8
+    confidence: np.ndarray  # [N] float32
+    weight: np.ndarray  # [N] float32, accumulated confidence; 0: removed
+
+
+class VoxelMap:
+    """Coloured points averaged per voxel, within a budget of points.
+
+    The cost of a frame depends on the frame, not on the size of the map; memory is reserved once
+    for ``max_points`` and used as the map grows. All methods may be called from any thread.
+
+    When the budget is spent, room is made by a hand that sweeps over the voxels in turn and
+    removes the quarter with the least weight of those that it passes, never one that the current
+    frame has seen.
+
+    ``config`` may be replaced while running; ``voxel_size``, ``voxel_fraction`` and ``max_points``
+    are read by the constructor and by :meth:`clear`.
+    """
+
+    def __init__(self, config: MappingConfig | None = None):
+        self.config = config or MappingConfig()
+        self._lock = Lock()
+        self._version = 0
+        self._reset()
+
+    def _reset(self) -> None:
+        self._max_points = self.config.max_points
+        self._voxel_size = self.config.voxel_size
+        self._index = VoxelIndex(self._max_points)
+        self._state = np.zeros((self._max_points, 8), np.float32)  # a voxel is half a cache line
+        self._changed = np.zeros(self._max_points, np.int64)  # version of the last change
+        self._num_points = 0
+        self._hand = 0
+        self._removed: deque[tuple[int, np.ndarray]] = deque()  # (version, voxel ids)
+        self._num_removed = 0
+        self._oldest_version = self._version  # before it, what was removed is no longer known
+
+    @property
+    def num_points(self) -> int:
+        """Points in the map, at most ``max_points``."""
+        return self._num_points
+
+    @property
+    def version(self) -> int:
+        """Counts the changes of the map."""
+        return self._version
+
+    @property
+    def voxel_size(self) -> float | None:
+        """Edge of a voxel in scene units; None until the first frame has set it."""
+        return self._voxel_size or None
+
+    def clear(self) -> None:
+        """Remove everything; a voxel size that followed from the first frame is found anew."""
+        with self._lock:
+            self._version += 1
+            self._reset()
+
+    def integrate(self, prediction: FramePrediction) -> None:
+        """Add the reliable pixels of one frame (``source``, thresholds: see the configuration).
+
+        Raises:
+            InputError: The point head is the source and the prediction has no points.
+
+        """
+        points, depth, confidence = self._measured(prediction)
+        pixels = np.flatnonzero(reliable_pixels(depth, confidence, self.config))
+        with self._lock:
+            if not self._voxel_size and pixels.size:
+                median = float(np.median(depth.ravel()[pixels]))
+                self._voxel_size = self.config.voxel_fraction * median
+            self._integrate(
+                points.reshape(-1, 3).T.take(pixels, 1),
+                _array(prediction.rgb).reshape(-1, 3).take(pixels, 0).T,
+                confidence.ravel().take(pixels),
+            )
+
+    def _measured(self, prediction: FramePrediction) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """World points [H, W, 3], depth [H, W] and confidence [H, W] of the configured source."""
+        T_world_camera = prediction.T_world_camera.cpu()
+        if self.config.source == 'depth':
+            depth = prediction.depth.cpu()
+            points = unproject_to_world(depth, prediction.K.cpu(), T_world_camera)
+            return _array(points), _array(depth), _array(prediction.depth_conf)
+        if prediction.world_points is None:
+            raise InputError(
+                "mapping.source is 'points', but the prediction has no world points; "
+                "switch the point head on or use mapping.source 'depth'"
+            )
+        points = _array(prediction.world_points)
+        T = _array(T_world_camera)
+        with np.errstate(over='ignore', invalid='ignore'):
+            depth = (points - T[:3, 3]) @ T[:3, 2]
+        return points, depth, _array(prediction.world_points_conf)
+
+    def integrate_points(
+        self, points_xyz: np.ndarray, colors_rgb: np.ndarray, confidence: np.ndarray
+    ) -> None:
+        """Add points [N, 3] of the world frame with colours [N, 3] uint8 and confidences [N] > 0.
+
+        Points that are not finite are left out; no other filter is applied.
+
+        Raises:
+            InputError: Lengths differ, or the voxel size is not known yet.
+
+        """
+        points_xyz, colors_rgb, confidence = map(np.asarray, (points_xyz, colors_rgb, confidence))
+        count = len(points_xyz)
+        shapes = [a.shape for a in (points_xyz, colors_rgb, confidence)]
+        if shapes != [(count, 3), (count, 3), (count,)]:
+            raise InputError(
+                f'expected points [N, 3], colors [N, 3], confidence [N], got {shapes}'
+            )
+        with self._lock:
+            if not self._voxel_size:
+                raise InputError('set mapping.voxel_size: without depth it cannot be derived')
+            self._integrate(points_xyz.T, colors_rgb.T, confidence)
+
+    def _integrate(self, xyz: np.ndarray, rgb: np.ndarray, confidence: np.ndarray) -> None:
+        """Add points given as planes: xyz [3, N], rgb [3, N], confidence [N]."""
+        with np.errstate(over='ignore', invalid='ignore'):
+            cells = np.floor(xyz * np.float32(1 / (self._voxel_size or 1)))
+        if not np.abs(cells).max(initial=0) < CELL_LIMIT:  # also true for NaN
+            inside = np.flatnonzero((np.abs(cells) < CELL_LIMIT).all(0))
+            cells, xyz, rgb = (planes.take(inside, 1) for planes in (cells, xyz, rgb))
+            confidence = confidence.take(inside)
+        if not confidence.size:
+            return
+        keys = pack_cells(cells)
+        members, groups = group_keys(keys)
+        self._version += 1
+        self._merge(keys[members], _observe(xyz, rgb, confidence, groups, len(members)))
+
+    def _merge(self, keys: np.ndarray, observed: np.ndarray) -> None:
+        """Average the observations [G, 8] of distinct voxels into the state."""
+        slots = self._index.find(keys)
+        known = slots != -1
+        self._changed[slots[known]] = self._version  # keeps the hand off them
+        new = self._newcomers(np.flatnonzero(~known), observed)
+        slots[new] = self._take_slots(len(new))
+        self._index.insert(keys[new], slots[new])
+        self._state[slots[new]] = 0
+        placed = np.flatnonzero(slots != -1)
+        slots, observed = slots.take(placed), observed.take(placed, 0)
+        state = self._state.take(slots, 0)
+        weight = state[:, _WEIGHT] + observed[:, _WEIGHT]
+        share = observed[:, _WEIGHT] / weight
+        state += share[:, np.newaxis] * (observed - state)
+        state[:, _WEIGHT] = np.minimum(weight, MAX_WEIGHT)
+        self._state[slots] = state
+        self._changed[slots] = self._version
+
+    def _newcomers(self, new: np.ndarray, observed: np.ndarray) -> np.ndarray:
+        """Of the new voxels, the surest ones where a single frame exceeds the whole budget."""
+        seen = len(observed) - len(new)
+        room = self._max_points - seen
+        if len(new) <= room:
+            return new
+        surest = np.argsort(-observed[new, _WEIGHT], kind='stable')
+        return new[surest[:room]]
+
+    def _take_slots(self, count: int) -> np.ndarray:
+        """Slots for new voxels: unused ones, then those of removed voxels."""
+        fresh = min(count, self._max_points - self._num_points)
+        slots = np.arange(self._num_points, self._num_points + fresh)
+        self._changed[slots] = self._version
+        self._num_points += fresh
+        if fresh == count:
+            return slots
+        return np.concatenate([slots, self._evict(count - fresh)])
+
+    def _evict(self, count: int) -> np.ndarray:
+        """Remove ``count`` voxels that this version has not touched, return their slots."""
+        sweep = max(_SWEEP * count, _MIN_SWEEP)
+        while True:
+            sweep = min(sweep, self._max_points)
+            passed = (self._hand + np.arange(sweep)) % self._max_points
+            candidates = passed[self._changed[passed] != self._version]
+            if len(candidates) >= count:
+                break
+            sweep *= 2
+        self._hand = (self._hand + sweep) % self._max_points
+        lightest = np.argpartition(self._state[candidates, _WEIGHT], count - 1)[:count]
+        slots = candidates[lightest]
+        self._log_removed(self._index.keys[slots])
+        self._index.remove(slots)
+        return slots
+
+    def _log_removed(self, voxel_ids: np.ndarray) -> None:
+        self._removed.append((self._version, voxel_ids))
+        self._num_removed += len(voxel_ids)
+        while self._num_removed > self._max_points:
+            self._oldest_version, forgotten = self._removed.popleft()
+            self._num_removed -= len(forgotten)
+
+    def points(self) -> MapCloud:
+        """Return a copy of all points."""
+        with self._lock:
+            state = self._state[: self._num_points]
+            return MapCloud(state[:, _XYZ].copy(), _colors(state), state[:, _CONFIDENCE].copy())
+
+    def changed_since(self, version: int) -> MapChange:
+        """Return what changed after ``version``: the newest state of each voxel, and removals.
+
+        A version from before a :meth:`clear`, or so old that its removals are no longer known
+        (the log holds ``max_points`` of them), is answered with the complete map. Pass -1 for
+        that.
+        """
+        with self._lock:
+            is_complete = version < self._oldest_version
+            changed = self._changed[: self._num_points]
+            slots = np.flatnonzero(changed > (-1 if is_complete else version))
+            gone = np.zeros(0, np.int64)
+            if not is_complete:
+                recent = [ids for at, ids in self._removed if at > version]
+                gone = np.unique(np.concatenate([gone, *recent]))
+                gone = gone[self._index.find(gone) == -1]  # some came back
+            state = np.zeros((len(slots) + len(gone), 8), np.float32)
+            state[: len(slots)] = self._state[slots]
+            state[len(slots) :, _XYZ] = np.nan
+            return MapChange(
+                version=self._version,
+                is_complete=is_complete,
+                voxel_ids=np.concatenate([self._index.keys[slots], gone]),
+                points_xyz=state[:, _XYZ],
+                colors_rgb=_colors(state),
+                confidence=state[:, _CONFIDENCE],
+                weight=state[:, _WEIGHT],
+            )
+
+
+def _observe(
+    xyz: np.ndarray, rgb: np.ndarray, confidence: np.ndarray, groups: np.ndarray, num_groups: int
+) -> np.ndarray:
+    """Confidence-weighted means of one frame per voxel [G, 8], in the layout of the state.
+
+    Pixels of one frame err together, so a voxel's weight is their mean confidence, not the sum.
+    """
+    confidence = np.minimum(confidence, _MAX_CONFIDENCE)
+    observed = np.empty((num_groups, 8), np.float32)
+    total = np.bincount(groups, confidence, num_groups)
+    for column, plane in enumerate((*xyz, *rgb)):
+        observed[:, column] = np.bincount(groups, plane * confidence, num_groups) / total
+    observed[:, _CONFIDENCE] = total / np.bincount(groups, minlength=num_groups)
+    observed[:, _WEIGHT] = np.minimum(observed[:, _CONFIDENCE], MAX_OBSERVATION_WEIGHT)
+    return observed
+
+
+def _colors(state: np.ndarray) -> np.ndarray:
+    return (state[:, _RGB] + 0.5).astype(np.uint8)
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    """Tensor as a numpy array on the CPU, floating point as float32."""
+    tensor = tensor.detach().cpu()
+    return (tensor.to(torch.float32) if tensor.is_floating_point() else tensor).numpy()
