@@ -202,7 +202,7 @@ class MappingConfig:
         minimum=1e-5,
         maximum=1.0,
     )
-    max_points: int = option(2_000_000, 'point budget of the map', minimum=1)
+    max_points: int = option(2_000_000, 'point budget of the map', minimum=1, maximum=100_000_000)
     min_confidence: float = option(
         1.5, 'points below this confidence (1 = none) stay out of the map', minimum=1.0, live=True
     )
