@@ -33,9 +33,16 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def config_from_args(args: argparse.Namespace) -> NodeConfig:
-    """Return the configuration of ``--config`` and ``--set``; raises :class:`ConfigError`."""
-    values = read_options(args.config) if args.config else {}
+def config_from_args(
+    args: argparse.Namespace, defaults: Mapping[str, Any] | None = None
+) -> NodeConfig:
+    """Return the configuration of ``--config`` and ``--set``, over ``defaults`` of the command.
+
+    Raises :class:`ConfigError` for what cannot be read, is unknown or out of range.
+    """
+    values: dict[str, Any] = {}
+    _merge(values, defaults or {})
+    _merge(values, read_options(args.config) if args.config else {})
     for text in args.overrides:
         _set_option(values, text)
     return from_dict(NodeConfig, values)

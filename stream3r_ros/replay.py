@@ -1,0 +1,267 @@
+"""``stream3r replay``: reconstruct recorded images offline, losing none, without ROS and DDS."""
+
+import argparse
+import dataclasses
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tqdm import tqdm
+
+from stream3r_core.errors import ConfigError, DataError, InputError, Stream3rError
+from stream3r_core.evaluation.trajectory import Trajectory, ate
+from stream3r_core.evaluation.trajectory_files import read_trajectory
+from stream3r_core.mapping import VoxelMap
+from stream3r_core.pipeline import Reconstructor, load_configured_model, reconstruct_photos
+from stream3r_core.types import FramePrediction
+from stream3r_ros.bag import BagReader
+from stream3r_ros.config import NodeConfig
+from stream3r_ros.ground_truth import TRUTH_TYPES, bag_truth
+from stream3r_ros.options import (
+    add_config_arguments,
+    add_output_arguments,
+    config_from_args,
+    output_folder,
+    write_options,
+)
+from stream3r_ros.report import Report
+from stream3r_ros.results import BAG, MAP, TRAJECTORY, Results
+from stream3r_ros.sources import (
+    DEFAULT_RATE_HZ,
+    BagSource,
+    Frame,
+    Source,
+    are_photos,
+    file_source,
+    is_one_bag,
+)
+from stream3r_ros.tf import camera_frame, check_frames
+
+CONFIG, SUMMARY = 'config.yaml', 'summary.json'
+INTERRUPTED = 130  # exit code of a shell command ended by Ctrl-C
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``stream3r replay``."""
+    parser.add_argument(
+        'input',
+        nargs='+',
+        help='a bag (rosbag2 folder, .mcap, .db3, ROS 1 .bag), a video, a folder of images, or '
+        'image files: photos that all see each other (session.mode=full)',
+    )
+    add_output_arguments(parser)
+    add_config_arguments(parser)
+    add_input_arguments(parser)
+    parser.add_argument(
+        '--ground-truth',
+        default='',
+        metavar='FILE|TOPIC|none',
+        help='trajectory to compare with: a TUM, KITTI or EuRoC file, or a topic of the bag; '
+        'default: what the bag has',
+    )
+
+
+def add_input_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare how an input is to be read."""
+    parser.add_argument('--image-topic', default='', metavar='TOPIC', help='images of a bag')
+    parser.add_argument(
+        '--camera-info',
+        nargs='?',
+        const='auto',
+        default='',
+        metavar='TOPIC',
+        help="use the bag's intrinsics; without TOPIC those beside the images",
+    )
+    parser.add_argument(
+        '--rate',
+        type=float,
+        default=DEFAULT_RATE_HZ,
+        metavar='HZ',
+        help='of image files whose names are no stamps (default: %(default)g)',
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command and return its exit code."""
+    config = config_from_args(args, {'session.mode': 'full'} if are_photos(args.input) else {})
+    check_frames(config)
+    with open_source(args) as (source, bag):
+        truth = _named_truth(args.ground_truth, bag)
+        model = load_configured_model(config.model)
+        names = (TRAJECTORY, MAP, BAG, CONFIG, SUMMARY)
+        folder = output_folder(args.output, names, args.overwrite)
+        write_options(folder / CONFIG, config)
+        print(f'{source.name}: {source.num_frames} images; weights: {model.weights_info.source}')
+        with _first_interrupt_ends_the_loop() as is_interrupted:
+            report = replay(source, model, config, folder, is_interrupted)
+        if report.images_out:
+            _judge(report, read_trajectory(folder / TRAJECTORY), truth, bag, args.ground_truth)
+    report.write(folder / SUMMARY)
+    print(report)
+    print(f'results in {folder}: {", ".join(n for n in names if (folder / n).exists())}')
+    if report.failure is not None:
+        raise report.failure
+    if not report.images_out and not report.interrupted:
+        raise DataError(f'{source.name}: none of {report.images_in} images could be used')
+    return INTERRUPTED if report.interrupted else 0
+
+
+@contextmanager
+def open_source(args: argparse.Namespace) -> Iterator[tuple[Source, BagReader | None]]:
+    """Open what the arguments of :func:`add_input_arguments` and ``input`` name; and its bag."""
+    if is_one_bag(args.input):
+        with BagReader(args.input[0]) as bag:
+            yield BagSource(bag, args.image_topic, args.camera_info), bag
+        return
+    if args.image_topic or args.camera_info:
+        raise ConfigError(f'--image-topic and --camera-info are for bags; {args.input[0]} is none')
+    if not args.rate > 0:
+        raise ConfigError(f'--rate must be positive, got {args.rate}')
+    yield file_source(args.input, args.rate), None
+
+
+def replay(
+    source: Source,
+    model,
+    config: NodeConfig,
+    folder: Path,
+    is_interrupted: Callable[[], bool] = lambda: False,
+) -> Report:
+    """Reconstruct all images of a source; write trajectory, map and bag into ``folder``.
+
+    An image that cannot be used is refused and reported, as in the node. When
+    ``is_interrupted`` or the source fails midway, the run ends early: that stands in the report,
+    and the results up to there are whole.
+    """
+    started = time.perf_counter()
+    with tqdm(source, total=source.num_frames, unit='image') as progress:
+        report = Report(source.name, model.weights_info, say=progress.write)
+        frames = _usable_frames(progress, config, report, is_interrupted)
+        voxel_map, predictions = _predictions(frames, model, config, report)
+        with Results(folder, config, voxel_map) as results:
+            try:
+                for prediction, frame_id in predictions:
+                    results.add(prediction, frame_id)
+                    report.images_out += 1
+                    report.camera_frame = frame_id
+            except Stream3rError as failure:
+                report.failure = failure
+    report.map_points = voxel_map.num_points
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def _usable_frames(
+    loaders, config: NodeConfig, report: Report, is_interrupted: Callable[[], bool]
+) -> Iterator[Frame]:
+    """Yield the images that can be loaded and are newer than the one before."""
+    last_ns = None
+    for load in loaders:
+        if is_interrupted():
+            report.interrupted = True
+            return
+        report.images_in += 1
+        try:
+            frame = load()
+            frame = frame._replace(frame_id=camera_frame(frame.frame_id, config))
+            _check_order(frame.stamp_ns, last_ns, config)
+        except InputError as error:
+            report.refuse(error)
+            continue
+        last_ns = frame.stamp_ns
+        yield frame
+
+
+def _check_order(stamp_ns: int, last_ns: int | None, config: NodeConfig) -> None:
+    """Refuse what the node refuses; where the node would start anew, end the replay."""
+    if stamp_ns < 0:
+        raise InputError(f'the image has a negative stamp ({stamp_ns} ns)')
+    if last_ns is None or stamp_ns > last_ns:
+        return
+    late_s = (last_ns - stamp_ns) / 1e9
+    if late_s == 0 or late_s < config.backward_jump_s:
+        raise InputError(f'the image is {late_s:.3f} s older than the one before')
+    raise DataError(
+        f'time jumps back by {late_s:.3f} s, from {last_ns} to {stamp_ns} ns: the input holds '
+        'several recordings; replay them one by one. The results end before the jump'
+    )
+
+
+def _predictions(
+    frames: Iterator[Frame], model, config: NodeConfig, report: Report
+) -> tuple[VoxelMap, Iterator[tuple[FramePrediction, str]]]:
+    """Return the map and the predictions that fill it, each with its camera frame."""
+    if config.session.mode == 'full':
+        voxel_map = VoxelMap(config.mapping)
+        return voxel_map, _photo_predictions(frames, model, config, voxel_map)
+    reconstructor = Reconstructor(model, config)
+    return reconstructor.map, _stream_predictions(frames, reconstructor, report)
+
+
+def _stream_predictions(frames, reconstructor: Reconstructor, report: Report):
+    for frame in frames:
+        try:
+            prediction = reconstructor.process(frame.rgb, frame.stamp_ns, frame.K)
+        except InputError as error:
+            report.refuse(error)
+            continue
+        yield prediction, frame.frame_id
+
+
+def _photo_predictions(frames, model, config: NodeConfig, voxel_map: VoxelMap):
+    frames = list(frames)
+    if any(frame.K is not None for frame in frames):
+        raise ConfigError("session.mode 'full' takes no --camera-info; leave it out")
+    if not frames:
+        return
+    images = [frame.rgb for frame in frames]
+    for frame, prediction in zip(frames, reconstruct_photos(model, images, config)):
+        voxel_map.integrate(prediction)
+        yield dataclasses.replace(prediction, stamp_ns=frame.stamp_ns), frame.frame_id
+
+
+@contextmanager
+def _first_interrupt_ends_the_loop() -> Iterator[Callable[[], bool]]:
+    """Let the first Ctrl-C or SIGTERM finish the image at hand; the second acts as usual."""
+    received = []
+
+    def note(number, _):
+        received.append(number)
+        signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _named_truth(name: str, bag: BagReader | None) -> Trajectory | None:
+    """Return the trajectory of a file; make sure that a topic is one before the run."""
+    if not name or name == 'none':
+        return None
+    if bag is None or Path(name).is_file():
+        return read_trajectory(name)
+    bag.topic(name, TRUTH_TYPES)
+    return None
+
+
+def _judge(
+    report: Report,
+    estimate: Trajectory,
+    truth: Trajectory | None,
+    bag: BagReader | None,
+    truth_name: str,
+) -> None:
+    """Note gaps in time and, where there is a truth, the absolute trajectory error."""
+    report.find_gaps(estimate.stamps_ns)
+    try:
+        if truth is None and bag is not None and truth_name != 'none':
+            truth = bag_truth(bag, truth_name, report.camera_frame, estimate.stamps_ns)
+        if truth is not None:
+            report.accuracy = ate(truth, estimate, 'sim3')
+    except DataError as error:
+        report.no_accuracy = f'no ATE: {error}'
