@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -34,7 +34,8 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             f'cannot write {path}: {reason}; choose an existing, writable folder with free space'
         ) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # it is gone already, or never was
+            partial.unlink()
 
 
 def _sync_folder(folder: Path) -> None:

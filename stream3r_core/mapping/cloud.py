@@ -124,7 +124,8 @@ def _parse_ply_header(content: bytes, path: str | Path) -> tuple[np.dtype, int, 
     if ['format', 'binary_little_endian', '1.0'] not in lines:
         raise DataError(f'{path}: only binary little-endian PLY is read; convert it first')
     lines = [line for line in lines[1:] if line and line[0] in ('element', 'property')]
-    if not lines or lines[0][:2] != ['element', 'vertex']:
+    is_vertex = bool(lines) and lines[0][:2] == ['element', 'vertex'] and len(lines[0]) == 3
+    if not is_vertex or not lines[0][2].isdecimal():
         raise DataError(f'{path}: the first element of the PLY file must be vertex')
     fields = []
     for line in lines[1:]:

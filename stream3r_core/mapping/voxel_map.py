@@ -151,6 +151,8 @@ class VoxelMap:
             raise InputError(
                 f'expected points [N, 3], colors [N, 3], confidence [N], got {shapes}'
             )
+        if not (confidence > 0).all():
+            raise InputError('expected confidences above 0, got some at or below 0, or NaN')
         with self._lock:
             if not self._voxel_size:
                 raise InputError('set mapping.voxel_size: without depth it cannot be derived')
