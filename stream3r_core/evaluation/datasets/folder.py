@@ -1,0 +1,145 @@
+"""A plain folder of images with whatever truth lies beside them.
+
+Images lie in the folder, or in ``color``, ``rgb`` or ``images`` below it. Optional beside them:
+``associations.txt`` (stamp_s image [stamp_s depth]) or ``rgb.txt``, ``groundtruth.txt`` (TUM,
+KITTI or EuRoC), ``depth/`` (16-bit PNG in millimetres, or .npy in metres, named like the images)
+and ``intrinsics.json`` (fx, fy, cx, cy of the images, at the top or under "color").
+"""
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from stream3r_core.errors import DataError
+from stream3r_core.evaluation.datasets.files import (
+    file_frame,
+    load_depth_npy,
+    load_depth_png,
+    read_json,
+    read_stamped_list,
+)
+from stream3r_core.evaluation.datasets.frames import (
+    MADE_UP_STAMPS,
+    Clip,
+    Dataset,
+    made_up_stamps,
+    nearest_within,
+    pinhole,
+)
+from stream3r_core.evaluation.trajectory import ASSOCIATION_TOLERANCE_NS, Trajectory
+from stream3r_core.evaluation.trajectory_files import read_trajectory
+from stream3r_core.image import list_photos
+
+IMAGE_FOLDERS = ('.', 'color', 'rgb', 'images')
+LISTS = ('associations.txt', 'rgb.txt')
+LAYOUT = f'images in the folder or in {", ".join(IMAGE_FOLDERS[1:])} below it'
+
+
+def find(root: Path) -> list[str]:
+    """The folder is one clip, called '.'."""
+    return ['.'] if any((root / listing).exists() for listing in LISTS) or _photos(root) else []
+
+
+def read(
+    root: Path,
+    name: str = '.',
+    groundtruth: Path | None = None,
+    depth_folder: Path | None = None,
+) -> Clip:
+    """Read a folder; ``groundtruth`` and ``depth_folder`` replace what lies beside the images."""
+    folder = Path(root) / name
+    images, stamps, depths, remarks = _listed(folder)
+    truth = _truth(folder, groundtruth, stamps)
+    poses = [None] * len(images)
+    if truth is not None and truth.stamps_ns is not None:
+        near = nearest_within(stamps, truth.stamps_ns, ASSOCIATION_TOLERANCE_NS)
+        poses = [truth.T_world_camera[i] if i >= 0 else None for i in near]
+    if depth_folder is not None or not any(depths):
+        depths = _depths_by_name(images, Path(depth_folder or folder / 'depth'))
+        if depth_folder is not None and not any(depths):
+            raise DataError(
+                f'{depth_folder}: no .png or .npy named like the images ({images[0].stem}.*)'
+            )
+    K = _read_K(folder / 'intrinsics.json')
+    frames = [
+        file_frame(image, int(stamp), K=K, T_world_camera=pose, load_depth_m=_loader(depth))
+        for image, stamp, pose, depth in zip(images, stamps, poses, depths)
+    ]
+    return Clip(folder.resolve().name, tuple(frames), truth, remarks)
+
+
+def _photos(folder: Path) -> list[Path]:
+    """Images of the first of the known places that has any."""
+    for below in IMAGE_FOLDERS:
+        if (folder / below).is_dir():
+            try:
+                return list_photos(folder / below)
+            except DataError:
+                continue  # this place holds none; the next one may
+    return []
+
+
+def _listed(folder: Path):
+    """Images, stamps [N], depth files (or None) and remarks."""
+    listing = next((folder / name for name in LISTS if (folder / name).exists()), None)
+    if listing is None:
+        images = _photos(folder)
+        if not images:
+            raise DataError(f'{folder} holds no image; expected {LAYOUT}')
+        return (
+            images,
+            np.array(made_up_stamps(len(images))),
+            [None] * len(images),
+            (MADE_UP_STAMPS,),
+        )
+    stamps, columns = read_stamped_list(listing)
+    if any(len(c) not in (1, 3) for c in columns):
+        raise DataError(f'{listing}: expected lines "stamp_s image" or "... stamp_s depth"')
+    images = [folder / c[0] for c in columns]
+    depths = [folder / c[2] if len(c) == 3 else None for c in columns]
+    return images, stamps, depths, ()
+
+
+def _truth(folder: Path, groundtruth: Path | None, stamps: np.ndarray) -> Trajectory | None:
+    path = Path(groundtruth) if groundtruth else folder / 'groundtruth.txt'
+    if not groundtruth and not path.exists():
+        return None
+    truth = read_trajectory(path)
+    if truth.stamps_ns is None and len(truth) == len(stamps):
+        return Trajectory(stamps, truth.T_world_camera, truth.name)
+    if truth.stamps_ns is None:
+        raise DataError(
+            f'{path}: {len(truth)} poses without stamps for {len(stamps)} images; give a TUM file'
+        )
+    return truth
+
+
+def _depths_by_name(images: list[Path], folder: Path) -> list[Path | None]:
+    """Depth files with the stems of the images; None where there is none."""
+    if not folder.is_dir():
+        return [None] * len(images)
+    known = {p.stem: p for p in sorted(folder.iterdir()) if p.suffix in ('.png', '.npy')}
+    return [known.get(image.stem) for image in images]
+
+
+def _loader(path: Path | None):
+    if path is None:
+        return None
+    if path.suffix == '.npy':
+        return partial(load_depth_npy, path)
+    return partial(load_depth_png, path, units_per_m=1000)
+
+
+def _read_K(path: Path) -> np.ndarray | None:
+    if not path.exists():
+        return None
+    content = read_json(path)
+    try:
+        camera = content.get('color', content)
+        return pinhole(*(float(camera[key]) for key in ('fx', 'fy', 'cx', 'cy')))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f'{path}: expected fx, fy, cx, cy of the images ({error})') from error
+
+
+DATASET = Dataset(LAYOUT, find, read)
