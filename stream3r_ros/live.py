@@ -49,8 +49,8 @@ class LiveReconstruction:
         self._reconstructor.map.config = config.mapping
         prediction = self._reconstructor.process(image, stamp, self._known_K(image))
         self._last_stamp_ns = self._map_stamp_ns = stamp
-        self._recorder.add(stamp, prediction.T_world_camera.numpy())
-        self._publishers.publish(prediction, frame, config)
+        outputs = self._publishers.publish(prediction, frame, config)
+        self._recorder.add(stamp, outputs.T_map_camera)
         self.figures = self._figures()
 
     def restart(self) -> None:
@@ -65,7 +65,7 @@ class LiveReconstruction:
         """Return poses and map as they are now; raises InputError before the first frame."""
         return Snapshot(
             self._recorder.trajectory(),
-            self._reconstructor.map.points(),
+            self._publishers.outputs.in_map_frame(self._reconstructor.map.points()),
             self._recorder.num_forgotten,
         )
 

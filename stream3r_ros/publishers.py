@@ -30,7 +30,7 @@ class Publishers:
     """
 
     def __init__(self, node: Node, config: NodeConfig):
-        self._outputs = Outputs(
+        self.outputs = Outputs(
             rclpy_messages(), config.map_frame, max_path_poses=config.outputs.path.max_poses
         )
         self._publishers = {name: _publisher(node, name, TOPICS[name]) for name in TOPICS}
@@ -38,13 +38,15 @@ class Publishers:
 
     def reset(self) -> None:
         """Begin a new session: an empty path, and no memory of earlier stamps."""
-        self._outputs.reset()
+        self.outputs.reset()
         self._limits.clear()
 
-    def publish(self, prediction: FramePrediction, camera_frame: str, config: NodeConfig) -> None:
+    def publish(
+        self, prediction: FramePrediction, camera_frame: str, config: NodeConfig
+    ) -> FrameOutputs:
         """Send what ``config`` asks for about one frame; its transform first."""
-        self._outputs.mapping = config.mapping
-        frame = self._outputs.add(prediction, camera_frame)
+        self.outputs.mapping = config.mapping
+        frame = self.outputs.add(prediction, camera_frame)
         if config.publish_tf:
             self._send('/tf', frame.tf())
         due = {
@@ -55,11 +57,12 @@ class Publishers:
             if topic in SWITCHES and due[SWITCHES[topic]]:
                 self._send_if_wanted(topic, frame)
         if due['path']:
-            self._send('~/path', self._outputs.path(frame.stamp_ns))
+            self._send('~/path', self.outputs.path(frame.stamp_ns))
+        return frame
 
     def publish_map(self, cloud: Any, stamp_ns: int) -> None:
         """Send the accumulated map, a ``MapCloud`` in the world frame."""
-        self._send('~/map', self._outputs.map(cloud, stamp_ns))
+        self._send('~/map', self.outputs.map(cloud, stamp_ns))
 
     def _is_due(self, name: str, option: OutputConfig, stamp_ns: int) -> bool:
         limit = self._limits.setdefault(name, RateLimit())
@@ -85,7 +88,8 @@ class RateLimit:
             return False
         if max_rate_hz:
             period_ns = 1e9 / max_rate_hz
-            self._next_ns = max(self._next_ns, stamp_ns - period_ns) + period_ns
+            is_on_schedule = stamp_ns - self._next_ns < period_ns
+            self._next_ns = (self._next_ns if is_on_schedule else stamp_ns) + period_ns
         return True
 
 
