@@ -1,6 +1,7 @@
 """Weights: find them, check them, put them into the network; code in a file is never executed."""
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import os
@@ -289,6 +290,8 @@ def _agreed_config(
         raise CheckpointError(
             f'{path}: carries no configuration; name a preset ({", ".join(PRESETS)})'
         )
+    if wanted is not None and wanted.track is None and found is not None:
+        found = dataclasses.replace(found, track=None)  # its track head is left out
     if wanted is None or found is None or wanted == found:
         return found or wanted
     ours, theirs = flatten(wanted), flatten(found)

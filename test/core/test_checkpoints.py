@@ -94,9 +94,11 @@ def test_damaged_configuration_in_a_file_is_refused(tmp_path, tensors):
 
 
 def test_weights_with_a_track_head_serve_a_network_without_one(tmp_path):
-    model = load_model(CONFIG, weights_file('streamvggt'))
-    assert model.weights_info.num_tensors == len(model.state_dict()) == 397
-    assert not any(name.startswith('track_head') for name in model.state_dict())
+    save_model(golden_network('streamvggt'), tmp_path / 'with_config.safetensors')
+    for path in (weights_file('streamvggt'), tmp_path / 'with_config.safetensors'):
+        model = load_model(CONFIG, path)
+        assert model.weights_info.num_tensors == len(model.state_dict()) == 397
+        assert not any(name.startswith('track_head') for name in model.state_dict())
 
 
 def test_the_origin_of_weights_is_recorded(tensors):
