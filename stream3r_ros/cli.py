@@ -25,6 +25,7 @@ COMMANDS = {
     'demo': Command('stream3r_ros.demo', 'the whole system on a sample or your own input', True),
     'replay': Command('stream3r_ros.replay', 'reconstruct a bag, video or images offline'),
     'node': Command('stream3r_ros.node', 'run the ROS 2 node', True),
+    'play': Command('stream3r_ros.player', 'play a bag, video or images as a live camera', True),
     'interfaces': Command('stream3r_ros.interfaces', 'build tf2_msgs where ROS 2 comes as wheels'),
 }
 

@@ -1,0 +1,249 @@
+"""``stream3r play``: a camera in a process of its own, fed from a bag, a video or images.
+
+What a bag says about where its camera was is the answer that a node is to find: its transforms are
+played as ``/ground_truth/tf``, never as ``/tf``.
+"""
+
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+from stream3r_core.errors import DataError, InputError, Stream3rError
+from stream3r_ros.bag import COMPRESSED_IMAGE, RAW_IMAGE, BagMessage, BagReader
+from stream3r_ros.environment import prepare_environment
+from stream3r_ros.messages import MessageFactory, rclpy_class, rclpy_messages, rosbags_messages
+from stream3r_ros.qos import Qos
+from stream3r_ros.sources import Source, file_source, is_one_bag
+
+TRANSFORMS = 'tf2_msgs/msg/TFMessage'
+GROUND_TRUTH = '/ground_truth'
+WORLD_FRAMES = ('map', 'odom', 'earth', 'world')  # of REP-105, and the one of simulators
+FILES_TOPIC = 'image'  # what a node subscribes to that is not remapped
+LATCHED_SET = Qos(depth=100, latched=True)  # all static transforms of a bag, however many messages
+ACKNOWLEDGE_S = 5.0
+
+
+class Outgoing(NamedTuple):
+    """A message to be published."""
+
+    topic: str
+    due_ns: int  # on the recording's clock
+    message: Any  # of rclpy, or its CDR bytes
+
+
+class Programme(Protocol):
+    """What is played: the topics with their types, and the messages in their order."""
+
+    topics: dict[str, str]
+    num_messages: int
+
+    def __iter__(self) -> Iterator[Outgoing]: ...
+
+
+class BagProgramme:
+    """The messages of an open ROS 2 bag, byte for byte, but for its transforms.
+
+    Static transforms between frames of the rig, which a node needs, stay on ``/tf_static``; those
+    that hang something from a world frame, and all of ``/tf``, go below ``/ground_truth``.
+    """
+
+    def __init__(self, bag: BagReader, names: Sequence[str] = ()):
+        if bag.path.suffix == '.bag':
+            raise DataError(
+                f'{bag.path} is a ROS 1 bag, whose messages cannot be sent to ROS 2 as they are: '
+                'convert it with `rosbags-convert`, or use `stream3r replay`'
+            )
+        self._bag = bag
+        self._messages = rosbags_messages()
+        chosen = [bag.topic(name) for name in names] or list(bag.topics.values())
+        playable = [topic for topic in chosen if _is_known(topic.type)]
+        for topic in sorted({*chosen} - {*playable}):
+            text = f'{topic.name}: the type {topic.type} is not installed'
+            if names:
+                raise DataError(f'{text}; install its package, or leave the topic out')
+            print(f'{text}; not played', file=sys.stderr)
+        self._names = [topic.name for topic in playable]
+        self.num_messages = sum(topic.num_messages for topic in playable)
+        self.topics = {topic.name: topic.type for topic in playable if topic.type != TRANSFORMS}
+        for topic in playable:
+            if topic.type == TRANSFORMS:
+                self.topics[GROUND_TRUTH + topic.name] = TRANSFORMS
+                if _is_static(topic.name):
+                    self.topics[topic.name] = TRANSFORMS
+
+    def __iter__(self) -> Iterator[Outgoing]:
+        for message in self._bag.messages(self._names) if self._names else ():
+            if message.type != TRANSFORMS:
+                yield Outgoing(message.topic, message.stamp_ns, message.raw)
+            elif _is_static(message.topic):
+                yield from self._judged(message)
+            else:
+                yield Outgoing(GROUND_TRUTH + message.topic, message.stamp_ns, message.raw)
+
+    def _judged(self, message: BagMessage) -> Iterator[Outgoing]:
+        """Part the static transforms of one message into the rig's and the world's."""
+        parts: dict[str, list] = {}
+        for transform in self._bag.deserialize(message).transforms:
+            in_world = transform.header.frame_id.lstrip('/') in WORLD_FRAMES
+            parts.setdefault(GROUND_TRUTH * in_world + message.topic, []).append(transform)
+        for topic, transforms in parts.items():
+            raw = self._messages.serialize(self._messages.tf(transforms))
+            yield Outgoing(topic, message.stamp_ns, raw)
+
+
+class FilesProgramme:
+    """The images of files as rgb8 messages on ``image``."""
+
+    def __init__(self, source: Source):
+        self._source = source
+        self.topics = {FILES_TOPIC: RAW_IMAGE}
+        self._messages: MessageFactory = rclpy_messages()
+        self.num_messages = source.num_frames
+
+    def __iter__(self) -> Iterator[Outgoing]:
+        for load in self._source:
+            try:
+                frame = load()
+            except InputError as error:
+                print(f'not played: {error}', file=sys.stderr)
+                continue
+            rgb = _opaque(frame.rgb)
+            image = self._messages.rgb_image(rgb, frame.stamp_ns, frame.frame_id)
+            yield Outgoing(FILES_TOPIC, frame.stamp_ns, image)
+
+
+def play(node: Any, programme: Programme, rate: float, patience_s: float) -> int:
+    """Publish a programme at ``rate`` times its own pace; return how many messages went out.
+
+    Begins when somebody subscribes to one of its images, or raises :class:`Stream3rError` when
+    nobody does within ``patience_s``. Ends when reliable subscribers have got everything.
+    """
+    publishers = {
+        topic: node.create_publisher(
+            rclpy_class(kind), topic, (LATCHED_SET if _is_static(topic) else Qos()).for_rclpy()
+        )
+        for topic, kind in programme.topics.items()
+    }
+    _wait_for_subscriber(programme, publishers, patience_s)
+    num_sent, start_s, first_ns = 0, time.monotonic(), None
+    with tqdm(total=programme.num_messages, unit='msg', disable=None) as bar:
+        for item in programme:
+            first_ns = item.due_ns if first_ns is None else first_ns
+            _sleep_until(start_s + (item.due_ns - first_ns) / 1e9 / rate)
+            publishers[item.topic].publish(item.message)
+            num_sent += 1
+            bar.update()
+    _wait_for_receipt(publishers.values())
+    return num_sent
+
+
+def _wait_for_subscriber(programme: Programme, publishers: dict, patience_s: float) -> None:
+    images = [t for t, kind in programme.topics.items() if kind in (RAW_IMAGE, COMPRESSED_IMAGE)]
+    awaited = images or list(publishers)
+    end = time.monotonic() + patience_s
+    while not any(publishers[topic].get_subscription_count() for topic in awaited):
+        if time.monotonic() > end:
+            raise Stream3rError(
+                f'nobody has subscribed to {" or ".join(awaited)} for {patience_s:.0f} s: start '
+                'the node, remap its image topic, or wait longer with --timeout'
+            )
+        time.sleep(0.02)
+
+
+def _wait_for_receipt(publishers) -> None:
+    from rclpy.duration import Duration
+
+    for publisher in publishers:
+        publisher.wait_for_all_acked(Duration(seconds=ACKNOWLEDGE_S))
+
+
+def _sleep_until(due_s: float) -> None:
+    time.sleep(max(0.0, due_s - time.monotonic()))
+
+
+def _is_static(topic: str) -> bool:
+    return topic.endswith('tf_static')
+
+
+def _is_known(type_name: str) -> bool:
+    try:
+        return bool(rclpy_class(type_name))
+    except (ImportError, AttributeError, ValueError):
+        return False
+
+
+def _opaque(rgb: np.ndarray) -> np.ndarray:
+    """Lay an image with transparency [H, W, 4] on white, as the published loaders do."""
+    if rgb.shape[2] == 3:
+        return rgb
+    alpha = rgb[..., 3:] / 255
+    return (rgb[..., :3] * alpha + 255 * (1 - alpha)).round().astype(np.uint8)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe ``stream3r play``."""
+    parser.add_argument(
+        'input', nargs='+', help='a ROS 2 bag, a folder of images, image files or a video'
+    )
+    parser.add_argument('--rate', type=float, default=1.0, help='times the recorded pace')
+    parser.add_argument(
+        '--topics', nargs='+', default=[], metavar='TOPIC', help='play these of a bag only'
+    )
+    parser.add_argument(
+        '--timeout', type=float, default=60.0, metavar='S', help='wait so long for a subscriber'
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Play until the end, SIGINT or SIGTERM; return the exit code."""
+    if not args.rate > 0:
+        raise Stream3rError(f'--rate must be positive, got {args.rate}')
+    prepare_environment()
+    with ExitStack() as stack:
+        if is_one_bag(args.input):
+            bag = stack.enter_context(BagReader(args.input[0]))
+            programme = BagProgramme(bag, args.topics)
+        else:
+            programme = FilesProgramme(file_source(args.input))
+        with interruptible_ros(args.ros_args) as create_node:
+            num_sent = play(create_node('player'), programme, args.rate, args.timeout)
+            print(f'played {num_sent} messages')
+    return 0
+
+
+@contextmanager
+def interruptible_ros(ros_args: Sequence[str] = ()) -> Iterator[Callable[[str], Any]]:
+    """Run rclpy for the block; SIGINT and SIGTERM both end the block and are no error.
+
+    Yields a function that makes a node of a name.
+    """
+    import rclpy
+    from rclpy.signals import SignalHandlerOptions
+
+    rclpy.init(args=list(ros_args), signal_handler_options=SignalHandlerOptions.NO)
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield rclpy.create_node
+    except KeyboardInterrupt:
+        print('stopped')
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        rclpy.try_shutdown()
+
+
+def main() -> int:
+    """Run ``stream3r play`` with the arguments of this process."""
+    from stream3r_ros.cli import main as stream3r
+
+    return stream3r(['play', *sys.argv[1:]])
+
+
+if __name__ == '__main__':
+    sys.exit(main())
