@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from stream3r_core.errors import DataError
+from stream3r_core.types import FramePrediction
 
 ALIGNMENTS = {
     'median': 'scale = median(truth) / median(prediction)',
@@ -59,7 +60,55 @@ def depth_errors(
     The truth is used where 0 < truth < ``max_depth_m``; the aligned prediction may be clamped to
     ``post_clip_max_m``. All images are aligned together. Raises DataError when nothing is valid.
     """
-    p, g, coverage = _valid_pixels(prediction, truth, max_depth_m)
+    p, g, num_true = _valid_pixels(prediction, truth, max_depth_m)
+    if not len(g):
+        raise DataError(_nothing_valid(num_true, max_depth_m))
+    return _errors(p, g, len(g) / num_true, alignment, post_clip_max_m)
+
+
+class DepthAccumulator:
+    """Collects the valid pixels of a sequence, so that one alignment can serve all of it.
+
+    Beyond ``max_pixels`` every second pixel of all frames is dropped, again and again; ``stride``
+    says how many true pixels stand behind each one kept.
+    """
+
+    def __init__(self, max_depth_m: float | None = None, max_pixels: int = 50_000_000):
+        self.stride = 1
+        self._max_depth_m, self._max_pixels = max_depth_m, max_pixels
+        self._kept: list[tuple[Tensor, Tensor]] = []  # one pair of 1-D tensors per frame
+        self._num_kept = self._num_true = self._num_judged = 0
+
+    def add(self, prediction: Tensor | np.ndarray, truth: Tensor | np.ndarray) -> None:
+        """Take the valid pixels of one frame, maps of equal size [H, W]."""
+        p, g, num_true = _valid_pixels(prediction, truth, self._max_depth_m)
+        self._num_true += num_true
+        self._num_judged += len(g)
+        self._kept.append((p[:: self.stride], g[:: self.stride]))
+        self._num_kept += len(self._kept[-1][0])
+        while self._num_kept > self._max_pixels:
+            self.stride *= 2
+            self._kept = [(p[::2].clone(), g[::2].clone()) for p, g in self._kept]
+            self._num_kept = sum(len(p) for p, _ in self._kept)
+
+    def errors(self, alignment: str, post_clip_max_m: float | None = None) -> DepthErrors:
+        """Errors over all frames with one alignment; raises DataError when nothing was valid."""
+        if not self._num_kept:
+            raise DataError(_nothing_valid(self._num_true, self._max_depth_m))
+        p, g = (torch.cat(parts) for parts in zip(*self._kept))
+        coverage = self._num_judged / self._num_true
+        errors = _errors(p, g, coverage, alignment, post_clip_max_m)
+        return dataclasses.replace(errors, valid_pixels=self._num_judged)
+
+    def abs_rel_per_frame(self, scale: float, shift_m: float) -> np.ndarray:
+        """Mean relative error of each added frame under a given alignment, NaN: nothing valid."""
+        return np.array([_mean((p * scale + shift_m - g).abs() / g) for p, g in self._kept])
+
+
+def _errors(
+    p: Tensor, g: Tensor, coverage: float, alignment: str, post_clip_max_m: float | None
+) -> DepthErrors:
+    """Align the valid predictions [N] to the truth [N] and judge them."""
     scale, shift = fit(p, g, alignment)
     p = p * scale + shift
     if post_clip_max_m is not None:
@@ -96,6 +145,22 @@ def weighted_mean(errors: Sequence[DepthErrors]) -> DepthErrors:
         if f.type is float
     }
     return DepthErrors(errors[0].alignment, valid_pixels=int(weights.sum()), **numbers)
+
+
+def depth_at(prediction: FramePrediction, size_hw: tuple[int, int]) -> np.ndarray:
+    """Predicted depth [h, w] at the size of a true depth map of the same view.
+
+    Bicubic as published where the network saw the whole image; where it saw a crop, from the
+    nearest pixel, NaN outside.
+    """
+    geometry = prediction.geometry
+    seen = [scale * side for scale, side in zip(geometry.scale_xy, geometry.camera_size_hw[::-1])]
+    whole = [round(side) for side in seen] == list(geometry.network_size_hw[::-1])
+    if whole and geometry.offset_xy == (0, 0):
+        return resize_depth(prediction.depth.cpu().numpy(), size_hw)
+    depth = prediction.at_camera_resolution().depth.cpu().numpy()
+    rows, columns = ((np.arange(new) + 0.5) * old // new for new, old in zip(size_hw, depth.shape))
+    return depth[rows.astype(int)][:, columns.astype(int)]
 
 
 def resize_depth(depth: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
@@ -163,7 +228,8 @@ _FITS = {
 }
 
 
-def _valid_pixels(prediction, truth, max_depth_m) -> tuple[Tensor, Tensor, float]:
+def _valid_pixels(prediction, truth, max_depth_m) -> tuple[Tensor, Tensor, int]:
+    """Predicted and true depth [N] where both are valid, and the number of valid true pixels."""
     prediction, truth = (torch.as_tensor(x).to(torch.float32) for x in (prediction, truth))
     truth = truth.to(prediction.device)
     if prediction.shape != truth.shape:
@@ -175,14 +241,16 @@ def _valid_pixels(prediction, truth, max_depth_m) -> tuple[Tensor, Tensor, float
     if max_depth_m is not None:
         valid &= truth < max_depth_m
     judged = valid & torch.isfinite(prediction)
-    if not judged.any():
-        limit = '' if max_depth_m is None else f' below {max_depth_m:g} m'
-        raise DataError(
-            f'no pixel has both a true depth{limit} and a finite prediction ({int(valid.sum())} '
-            f'true, {int(torch.isfinite(prediction).sum())} predicted); check the unit of the '
-            'depth files (0 = invalid) and that they belong to these images'
-        )
-    return prediction[judged], truth[judged], float(judged.sum() / valid.sum())
+    return prediction[judged], truth[judged], int(valid.sum())
+
+
+def _nothing_valid(num_true: int, max_depth_m: float | None) -> str:
+    limit = '' if max_depth_m is None else f' below {max_depth_m:g} m'
+    return (
+        f'no pixel has both a true depth{limit} and a finite prediction ({num_true} pixels have a '
+        'true one); check the unit of the depth files (0 = invalid) and that they belong to these '
+        'images'
+    )
 
 
 def _mean(values: Tensor) -> float:

@@ -9,13 +9,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from stream3r_core.config import ImageConfig, ModelConfig
 from stream3r_core.errors import DataError
 from stream3r_core.evaluation.depth import (
     ALIGNMENTS,
+    DepthAccumulator,
+    depth_at,
     depth_errors,
     resize_depth,
     weighted_mean,
 )
+from stream3r_core.image import prepare
+from stream3r_core.types import FramePrediction
 
 GOLDEN = Path(__file__).resolve().parents[1] / 'golden'
 NAMES = {
@@ -164,7 +169,7 @@ def test_a_truth_without_valid_pixels_is_refused_with_advice(alignment):
         depth_errors(true_depth(), torch.zeros(3, 24, 32), alignment)
     with pytest.raises(DataError, match=r'below 0\.1 m'):
         depth_errors(true_depth(), true_depth(), alignment, max_depth_m=0.1)
-    with pytest.raises(DataError, match='0 predicted'):
+    with pytest.raises(DataError, match='finite prediction'):
         depth_errors(true_depth() * float('nan'), true_depth(), alignment)
 
 
@@ -184,3 +189,71 @@ def test_maps_of_different_size_and_unknown_alignments_are_refused():
         depth_errors(torch.ones(4, 4), torch.ones(4, 5))
     with pytest.raises(DataError, match='median, scale, lad2, lstsq, metric'):
         depth_errors(torch.ones(4, 4), torch.ones(4, 4), 'affine')
+
+
+def test_frames_added_one_by_one_are_judged_as_one_sequence():
+    truth = true_depth()
+    truth[0, :5] = 0
+    prediction = true_depth(seed=1)
+    prediction[2, :3] = float('nan')
+    accumulator = DepthAccumulator(max_depth_m=8)
+    for p, g in zip(prediction, truth):
+        accumulator.add(p, g)
+    assert accumulator.errors('scale') == depth_errors(prediction, truth, 'scale', 8)
+
+
+def test_the_pixels_kept_stay_within_their_budget_and_judge_alike():
+    accumulator = DepthAccumulator(max_pixels=5000)
+    for seed in range(100):
+        truth = true_depth((24, 32), seed)
+        accumulator.add(truth * 1.1, truth)
+        assert accumulator._num_kept <= 5000
+    errors = accumulator.errors('metric')
+    assert accumulator.stride == 16
+    assert errors.valid_pixels == 100 * 24 * 32 and errors.coverage == 1
+    assert errors.abs_rel == pytest.approx(0.1, rel=1e-5)
+
+
+def test_errors_per_frame_follow_the_common_alignment():
+    truth = true_depth()
+    accumulator = DepthAccumulator()
+    for factor, g in zip((1.0, 1.2, 0.5), truth):
+        accumulator.add(g * factor, g)
+    accumulator.add(truth[0], truth[0] * 0)
+    per_frame = accumulator.abs_rel_per_frame(1.0, 0.0)
+    np.testing.assert_allclose(per_frame, [0, 0.2, 0.5, np.nan], atol=1e-6)
+
+
+def test_an_accumulator_that_saw_nothing_valid_refuses():
+    accumulator = DepthAccumulator()
+    with pytest.raises(DataError, match='unit'):
+        accumulator.errors('median')
+
+
+def prediction_of(image_hw, long_side, fit):
+    """A prediction of a depth that grows with the camera's row, for an image of this size."""
+    model = ModelConfig(patch_size=14)
+    config = ImageConfig(long_side=long_side, fit=fit)
+    _, geometry = prepare(np.zeros((*image_hw, 3), np.uint8), config, model)
+    rows = (torch.arange(geometry.network_size_hw[0]) + 0.5 - geometry.offset_xy[1]) / (
+        geometry.scale_xy[1]
+    )
+    depth = rows[:, None].expand(geometry.network_size_hw)
+    return FramePrediction(
+        *(0, None, torch.eye(4), torch.eye(3), torch.zeros(*depth.shape, 3).byte()),
+        *(depth, torch.ones_like(depth), None, None, geometry),
+    )
+
+
+def test_depth_of_a_whole_image_is_brought_to_the_truth_without_a_shift():
+    at_truth = depth_at(prediction_of((96, 128), 126, 'crop'), (48, 64))
+    assert at_truth.shape == (48, 64)
+    np.testing.assert_allclose(at_truth[4:-4, 30], 2 * np.arange(4, 44) + 1, atol=0.2)
+
+
+def test_depth_of_a_cropped_image_is_unknown_outside_the_crop():
+    at_truth = depth_at(prediction_of((200, 100), 70, 'crop'), (100, 50))
+    known = np.isfinite(at_truth[:, 25])
+    assert known[30:70].all() and not known[:20].any() and not known[-20:].any()
+    rows = np.flatnonzero(known)
+    np.testing.assert_allclose(at_truth[rows, 25], 2 * rows + 1, atol=1.5)
