@@ -1,0 +1,146 @@
+"""Trajectories that bags carry: transforms are chained and interpolated, poses carried over."""
+
+import numpy as np
+import pytest
+from recordings import CAMERA_FRAME, MESSAGES, STEP_NS, stamp, true_pose, true_tf, write_images
+
+from stream3r_core.errors import DataError
+from stream3r_ros.bag import BagReader, BagWriter
+from stream3r_ros.ground_truth import bag_truth
+from stream3r_ros.qos import LATCHED
+
+STAMPS = np.array([stamp(index) for index in range(6)])
+TRUTH = np.array([true_pose(index) for index in range(6)])
+
+
+def turned(angle, x=0.0, y=0.0, z=0.0):
+    """A pose turned about z."""
+    T = np.eye(4)
+    T[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    T[:3, 3] = x, y, z
+    return T
+
+
+def write_transforms(path, edges):
+    """Write transforms given as (topic, parent, child, stamp_ns, T)."""
+    with BagWriter(path) as bag:
+        for topic, parent, child, stamp_ns, T in edges:
+            message = MESSAGES.tf([MESSAGES.transform(T, stamp_ns, parent, child)])
+            bag.write(topic, message, max(stamp_ns, 0), LATCHED)
+    return path
+
+
+def truth_of(path, topic='', frame=CAMERA_FRAME, stamps=STAMPS):
+    with BagReader(path) as bag:
+        return bag_truth(bag, topic, frame, stamps)
+
+
+def test_a_direct_transform_is_the_trajectory(tmp_path):
+    found = truth_of(write_images(tmp_path / 'bag', extra={'/tf': true_tf}))
+    np.testing.assert_array_equal(found.stamps_ns, STAMPS)
+    np.testing.assert_allclose(found.T_world_camera, TRUTH, atol=1e-12)
+    assert found.name == f'/tf map -> {CAMERA_FRAME}'
+
+
+def test_transforms_are_chained_through_moving_and_static_edges(tmp_path):
+    mount = turned(0.3, 0.1, 0.2, 0.3)
+    edges = [('/tf_static', 'base', CAMERA_FRAME, 0, mount)]
+    for index in range(6):
+        edges.append(('/tf', 'map', 'odom', stamp(index), turned(0.2 * index, z=1)))
+        edges.append(('/tf', 'odom', 'base', stamp(index), turned(-0.1, x=index)))
+    found = truth_of(write_transforms(tmp_path / 'bag', edges))
+    expected = [turned(0.2 * k, z=1) @ turned(-0.1, x=k) @ mount for k in range(6)]
+    np.testing.assert_allclose(found.T_world_camera, expected, atol=1e-9)
+
+
+def test_transforms_are_interpolated_and_never_extrapolated(tmp_path):
+    edges = [('/tf', 'map', CAMERA_FRAME, stamp(k), turned(0.4 * k, x=k)) for k in (1, 3)]
+    found = truth_of(write_transforms(tmp_path / 'bag', edges))
+    np.testing.assert_array_equal(found.stamps_ns, STAMPS[1:4])
+    expected = [turned(0.4 * k, x=k) for k in (1, 2, 3)]
+    np.testing.assert_allclose(found.T_world_camera, expected, atol=1e-9)
+
+
+def test_a_camera_without_moving_parents_has_no_trajectory(tmp_path):
+    static = write_transforms(
+        tmp_path / 'static', [('/tf_static', 'base', CAMERA_FRAME, 0, np.eye(4))]
+    )
+    elsewhere = write_transforms(tmp_path / 'else', [('/tf', 'map', 'drone', stamp(0), np.eye(4))])
+    images = write_images(tmp_path / 'images')
+    for path in (static, elsewhere, images):
+        assert truth_of(path) is None
+    with pytest.raises(DataError, match=f"/tf holds no pose of the frame '{CAMERA_FRAME}'"):
+        truth_of(elsewhere, '/tf')
+
+
+def test_transforms_in_a_circle_end(tmp_path):
+    edges = [
+        ('/tf', 'a', CAMERA_FRAME, stamp(0), np.eye(4)),
+        ('/tf', CAMERA_FRAME, 'a', stamp(0), np.eye(4)),
+    ]
+    assert len(truth_of(write_transforms(tmp_path / 'bag', edges))) == 1
+
+
+@pytest.mark.parametrize('name', ['/ground_truth/pose', '/vicon/cam', '/gt', '/groundtruth_pose'])
+def test_a_pose_topic_that_says_so_is_the_truth(tmp_path, name):
+    def pose(index):
+        return MESSAGES.pose(true_pose(index), stamp(index) + STEP_NS // 2, 'map')
+
+    wrong = MESSAGES.tf([MESSAGES.transform(np.eye(4), stamp(0), 'odom', CAMERA_FRAME)])
+    extra = {name: pose, '/tf': lambda index: wrong, '/goal': pose}
+    found = truth_of(write_images(tmp_path / 'bag', extra=extra))
+    assert found.name == name
+    np.testing.assert_array_equal(found.stamps_ns, STAMPS + STEP_NS // 2)
+    np.testing.assert_allclose(found.T_world_camera, TRUTH, atol=1e-12)
+
+
+def odometry(index, child='body'):
+    pose = MESSAGES.pose(true_pose(index), stamp(index), 'world')
+    zero = {axis: 0.0 for axis in 'xyz'}
+    vector = MESSAGES.make('geometry_msgs/msg/Vector3', **zero)
+    covariance = np.zeros(36)
+    return MESSAGES.make(
+        'nav_msgs/msg/Odometry',
+        header=pose.header,
+        child_frame_id=child,
+        pose=MESSAGES.make(
+            'geometry_msgs/msg/PoseWithCovariance', pose=pose.pose, covariance=covariance
+        ),
+        twist=MESSAGES.make(
+            'geometry_msgs/msg/TwistWithCovariance',
+            twist=MESSAGES.make('geometry_msgs/msg/Twist', linear=vector, angular=vector),
+            covariance=covariance,
+        ),
+    )
+
+
+def test_odometry_of_a_body_is_carried_over_to_the_camera(tmp_path):
+    mount = turned(0.5, 0.1, 0, -0.2)
+    with BagWriter(tmp_path / 'bag') as bag:
+        static = MESSAGES.transform(mount, 0, 'body', CAMERA_FRAME)
+        bag.write('/tf_static', MESSAGES.tf([static]), 0, LATCHED)
+        for index in range(6):
+            bag.write('/odom', odometry(index), stamp(index))
+    found = truth_of(tmp_path / 'bag', '/odom')
+    np.testing.assert_allclose(found.T_world_camera, TRUTH @ mount, atol=1e-12)
+    assert truth_of(tmp_path / 'bag') is None  # odometry is no truth unless it is named
+
+
+def test_odometry_of_an_unconnected_body_is_refused(tmp_path):
+    path = write_images(tmp_path / 'bag', extra={'/odom': odometry})
+    with pytest.raises(DataError, match='/odom holds no pose of the frame'):
+        truth_of(path, '/odom')
+
+
+def test_a_topic_of_another_type_is_refused(tmp_path):
+    path = write_images(tmp_path / 'bag')
+    with pytest.raises(DataError, match='is a sensor_msgs/msg/Image; expected tf2_msgs'):
+        truth_of(path, '/camera/image_raw')
+
+
+def test_a_transform_without_rotation_is_refused(tmp_path):
+    message = true_tf(0)
+    message.transforms[0].transform.rotation.w = 0.0
+    path = write_images(tmp_path / 'bag', extra={'/tf': lambda index: message})
+    with pytest.raises(DataError, match='where a quaternion should be'):
+        truth_of(path)
