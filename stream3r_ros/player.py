@@ -28,6 +28,7 @@ WORLD_FRAMES = ('map', 'odom', 'earth', 'world')  # of REP-105, and the one of s
 FILES_TOPIC = 'image'  # what a node subscribes to that is not remapped
 LATCHED_SET = Qos(depth=100, latched=True)  # all static transforms of a bag, however many messages
 ACKNOWLEDGE_S = 5.0
+QUIET_S = 0.3  # a node's subscriptions are discovered one after the other
 
 
 class Outgoing(NamedTuple):
@@ -145,10 +146,15 @@ def play(node: Any, programme: Programme, rate: float, patience_s: float) -> int
 
 
 def _wait_for_subscriber(programme: Programme, publishers: dict, patience_s: float) -> None:
+    """Wait until an image has a subscriber, and then until no more subscriptions come in."""
     images = [t for t, kind in programme.topics.items() if kind in (RAW_IMAGE, COMPRESSED_IMAGE)]
     awaited = images or list(publishers)
     end = time.monotonic() + patience_s
-    while not any(publishers[topic].get_subscription_count() for topic in awaited):
+    counts, quiet_since = {}, time.monotonic()
+    while not any(counts.get(t) for t in awaited) or time.monotonic() - quiet_since < QUIET_S:
+        latest = {topic: p.get_subscription_count() for topic, p in publishers.items()}
+        if latest != counts:
+            counts, quiet_since = latest, time.monotonic()
         if time.monotonic() > end:
             raise Stream3rError(
                 f'nobody has subscribed to {" or ".join(awaited)} for {patience_s:.0f} s: start '
