@@ -135,10 +135,10 @@ def _find(
     revision: str | None,
 ) -> tuple[Path, str]:
     """Return the file of weights and the words for where it came from."""
-    path = None if weights is None else Path(weights).expanduser()
+    path = Path(weights).expanduser() if weights else None
     if path is not None and not path.exists() and _is_hub_id(weights):
         return _download(str(weights), revision), f'{weights}@{revision or "main"}'
-    if revision is not None:
+    if revision:
         raise CheckpointError(
             f'revision {revision!r} is for a Hugging Face id such as {next(iter(PUBLISHED))!r}, '
             f'but weights is {str(weights)!r}; leave the revision out'
@@ -195,8 +195,9 @@ def _download(hub_id: str, revision: str | None) -> Path:
             return Path(huggingface_hub.hf_hub_download(hub_id, name, revision=revision))
         except LocalEntryNotFoundError as error:
             raise CheckpointError(
-                f'{hub_id}: cannot reach the Hugging Face hub, and {name} is not in its local '
-                'cache. Connect once, or download the file elsewhere and give its path'
+                f'{hub_id}: no such folder here, the Hugging Face hub cannot be reached, and '
+                f'{name} is not in its local cache. Connect once, or download the file elsewhere '
+                'and give its path'
             ) from error
         except EntryNotFoundError:
             continue

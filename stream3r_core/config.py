@@ -39,6 +39,13 @@ class TrackConfig:
     iters: int = 4
     max_scale: int = 518
 
+    def __post_init__(self):
+        if self.features % 4 or self.hidden_size % self.num_heads:
+            raise ConfigError(
+                f'track.features {self.features} must be a multiple of 4 and track.hidden_size '
+                f'{self.hidden_size} one of track.num_heads {self.num_heads}'
+            )
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -73,6 +80,15 @@ class ModelConfig:
         if 2 * self.embed_dim % self.camera_heads:
             raise ConfigError(
                 f'camera_heads {self.camera_heads} does not divide the width {2 * self.embed_dim}'
+            )
+        if any(c % 4 for c in self.dpt_out_channels) or self.dpt_features % 8:
+            raise ConfigError(
+                f'dpt_out_channels {self.dpt_out_channels} must be multiples of 4, dpt_features '
+                f'{self.dpt_features} of 8 (positional maps)'
+            )
+        if self.encoder == 'dinov2' and self.embed_dim % self.dino_heads:
+            raise ConfigError(
+                f'dino_heads {self.dino_heads} must divide embed_dim {self.embed_dim}'
             )
         if len(self.dpt_layers) != 4 or len(self.dpt_out_channels) != 4:
             raise ConfigError('dpt_layers and dpt_out_channels need exactly 4 entries each')

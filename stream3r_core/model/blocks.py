@@ -30,7 +30,10 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, attention: AttentionFn, rotary: RotaryTables | None) -> Tensor:
-        """Map tokens [B, N, C] to the same shape; ``rotary`` None: no positions."""
+        """Map tokens [B, N, C] to the same shape.
+
+        Blocks with ``qk_norm`` take ``rotary`` tables: they normalise and turn queries and keys.
+        """
         qkv = self.qkv(x.to(self.qkv.weight.dtype)).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, N, head_dim] each
         if rotary is not None:

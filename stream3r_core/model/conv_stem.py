@@ -49,10 +49,13 @@ def _downsampling(patch_size: int, dim: int) -> list[nn.Module]:
     """Halve once per factor 2 of the patch size, doubling the width, then cut the odd rest."""
     halvings = (patch_size & -patch_size).bit_length() - 1
     rest = patch_size >> halvings
+    last = halvings - (rest == 1)
     layers, width = [], 3
     for i in range(halvings):
-        wider = max(dim >> (halvings - 1 - i), 8) if rest == 1 else max(dim >> (halvings - i), 8)
+        wider = max(dim >> (last - i), 8)
         layers += [nn.Conv2d(width, wider, 3, 2, padding=1), nn.GroupNorm(1, wider), nn.GELU()]
+        if i == 0:  # one more look at fine detail: sub-patch motion is read from it
+            layers += [nn.Conv2d(wider, wider, 3, padding=1), nn.GroupNorm(1, wider), nn.GELU()]
         width = wider
     if rest > 1:
         layers.append(nn.Conv2d(width, dim, rest, rest))

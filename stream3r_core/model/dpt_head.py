@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from stream3r_core.config import ModelConfig
 from stream3r_core.model.constants import cached_constant
 
-FRAMES_PER_CHUNK = 8  # bounds the memory of the full-resolution feature maps
+PIXELS_PER_CHUNK = 8 * 392 * 518  # bounds the memory of the full-resolution feature maps
 
 
 @cached_constant(maxsize=32)
@@ -121,7 +121,8 @@ class DPTFeatures(nn.Module):
 
     def _in_chunks(self, taps: list[Tensor], height: int, width: int) -> Tensor:
         """Apply :meth:`_decode` to taps 4 x [B, S, P, 2C], a few frames at a time."""
-        frames = [tap.flatten(0, 1).split(FRAMES_PER_CHUNK) for tap in taps]
+        count = max(1, PIXELS_PER_CHUNK // (height * width))
+        frames = [tap.flatten(0, 1).split(count) for tap in taps]
         maps = torch.cat([self._decode(list(chunk), height, width) for chunk in zip(*frames)])
         return maps.unflatten(0, taps[0].shape[:2])
 
@@ -138,7 +139,7 @@ class DPTHead(DPTFeatures):
 
     def forward(self, taps: list[Tensor], height: int, width: int) -> tuple[Tensor, Tensor]:
         """Return raw values [B, S, H, W, out_dim - 1] and confidence [B, S, H, W] >= 1."""
-        maps = self._in_chunks(taps, height, width)
+        maps = self._in_chunks(taps, height, width).float()
         return maps[:, :, :-1].movedim(2, -1), 1 + maps[:, :, -1].exp()
 
     def _decode(self, taps: list[Tensor], height: int, width: int) -> Tensor:

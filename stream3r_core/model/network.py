@@ -13,7 +13,7 @@ from stream3r_core.cache.base import KVCache
 from stream3r_core.config import ModelConfig
 from stream3r_core.errors import InputError
 from stream3r_core.model.aggregator import Aggregator
-from stream3r_core.model.blocks import AttentionFn
+from stream3r_core.model.blocks import Attention, AttentionFn, Mlp
 from stream3r_core.model.camera_head import CameraHead
 from stream3r_core.model.dpt_head import DPTHead, inverse_log
 from stream3r_core.model.track_head import TrackHead
@@ -35,6 +35,9 @@ class CausalVGGT(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.autocast_heads = (
+            False  # training: let the dense heads follow the surrounding autocast
+        )
         self.weights_info = None  # set by load_model
         self.aggregator = Aggregator(config)
         self.camera_head = CameraHead(config)
@@ -54,14 +57,16 @@ class CausalVGGT(nn.Module):
         return self.aggregator.global_blocks[0].attn.qkv.weight.dtype
 
     def set_dtype(self, dtype: torch.dtype) -> 'CausalVGGT':
-        """Store and multiply the linear layers of the aggregator in ``dtype``.
+        """Store and multiply the linear layers of encoder and aggregator blocks in ``dtype``.
 
         The residual stream, norms and all heads stay in float32: poses and depths lose digits
         quickly below it, and the heads are a small part of the work.
         """
         for module in self.aggregator.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
-                module.to(dtype)
+            if isinstance(module, (Attention, Mlp)):
+                for layer in module.children():
+                    if isinstance(layer, nn.Linear):
+                        layer.to(dtype)
         return self
 
     def forward(
@@ -112,7 +117,8 @@ class CausalVGGT(nn.Module):
 
         ``first``: these frames open the sequence. Frames of one call see each other, later ones
         too: only n = 1 equals the causal batch pass. Layer numbers of ``camera_cache`` are
-        iteration * trunk depth + block. The caller commits both caches afterwards.
+        iteration * trunk depth + block. The caller commits both caches afterwards. Point tracks
+        need the batch pass: the tracker of a single frame leaves each point where it was asked.
         """
         if images.ndim != 5 or len(images) != 1:
             raise InputError(f'a stream takes images [1, n, 3, H, W], got {list(images.shape)}')
@@ -126,10 +132,7 @@ class CausalVGGT(nn.Module):
 
     def descriptor(self, images: Tensor) -> Tensor:
         """Return one vector of unit length [B, S, C] per frame, for place recognition."""
-        tokens = self.aggregator.encode(
-            self._checked(images[None] if images.ndim == 4 else images)
-        )
-        return F.normalize(tokens.mean(2), dim=-1)
+        return F.normalize(self.aggregator.encode(self._checked(images)).mean(2), dim=-1)
 
     def _predict(
         self,
@@ -147,6 +150,7 @@ class CausalVGGT(nn.Module):
         with full_precision(images.device):
             poses = self.camera_head(camera_tokens.float(), camera_attention)
             result = {'pose_enc': poses[-1]}
+        with nullcontext() if self.autocast_heads else full_precision(images.device):
             if 'depth' in outputs:
                 depth, result['depth_conf'] = self.depth_head(taps, height, width)
                 result['depth'] = depth.exp()

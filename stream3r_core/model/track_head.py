@@ -13,8 +13,10 @@ from stream3r_core.model.dpt_head import TrackFeatures
 
 def sample(maps: Tensor, xy: Tensor, padding: str) -> Tensor:
     """Sample maps [n, C, H, W] bilinearly at pixels ``xy`` [n, Q, 2]; returns [n, C, Q]."""
-    size = torch.tensor((maps.shape[3] - 1, maps.shape[2] - 1), device=maps.device).clamp(min=1)
-    grid = (2 * xy / size - 1)[:, :, None]
+    height, width = maps.shape[2:]
+    x = 2 * xy[..., 0] / max(width - 1, 1) - 1
+    y = 2 * xy[..., 1] / max(height - 1, 1) - 1
+    grid = torch.stack((x, y), -1)[:, :, None]
     return F.grid_sample(maps, grid, padding_mode=padding, align_corners=True).squeeze(-1)
 
 

@@ -52,8 +52,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, dim, patch_size, patch_size)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map [n, 3, H, W] to row-major patch tokens [n, N, C] float32."""
-        return self.proj(images.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2).float()
+        """Map [n, 3, H, W] to row-major patch tokens [n, N, C]."""
+        return self.proj(images).flatten(2).transpose(1, 2)
 
 
 class VisionTransformer(nn.Module):

@@ -171,12 +171,12 @@ class TestHub:
         assert model.weights_info.source == f'{hub_id}@{revision or "main"}'
 
     def test_unreachable_weights_are_a_clear_error(self):
-        with pytest.raises(CheckpointError, match='cannot reach the Hugging Face hub'):
+        with pytest.raises(CheckpointError, match='Hugging Face hub cannot be reached'):
             load_model('stream3r', 'yslan/STream3R')
 
     def test_an_absent_revision_is_a_clear_error(self, cache, tensors):
         self.add(cache, 'yslan/STream3R', 'model.safetensors', tensors)
-        with pytest.raises(CheckpointError, match='not in its local cache'):
+        with pytest.raises(CheckpointError, match='is not in its local cache'):
             load_model(CONFIG, 'yslan/STream3R', revision='v9')
 
     def test_a_revision_of_a_file_is_refused(self):
@@ -332,6 +332,12 @@ class TestPrecision:
         depth_error = (actual['depth'] / expected['depth'] - 1).abs()
         assert 0 < pose_error.max() < 0.02  # measured 0.0073
         assert 0 < depth_error.median() < 0.01  # measured 0.0023
+
+    def test_the_convolutional_encoder_stays_in_float32(self):
+        model = load_model('tiny', 'random', dtype=torch.bfloat16)
+        assert all(p.dtype == torch.float32 for p in model.aggregator.patch_embed.parameters())
+        with torch.inference_mode():
+            assert model(torch.rand(1, 2, 3, 16, 24))['depth'].isfinite().all()
 
     def test_the_default_on_a_cpu_is_float32(self):
         assert default_dtype(torch.device('cpu')) == torch.float32

@@ -1,5 +1,7 @@
 """The networks reproduce the golden tensors: both models, both image sizes, all batch modes."""
 
+from functools import partial
+
 import pytest
 import torch
 from golden_data import (
@@ -13,10 +15,11 @@ from golden_data import (
     images,
 )
 
+from stream3r_core.cache.dense import DenseCache
 from stream3r_core.config import PRESETS
 from stream3r_core.geometry import decode_pose
 from stream3r_core.model.dpt_head import positional_rows_and_columns
-from stream3r_core.model.network import CausalVGGT
+from stream3r_core.model.network import CachedAttention, CausalVGGT
 from stream3r_core.model.rope import rotary_tables, rotate
 from stream3r_core.model.visibility import FrameAttention
 
@@ -82,6 +85,23 @@ def test_every_iteration_of_the_tracker_equals_the_golden_tracks(size):
         tracks, [*golden_tracks, expected['causal.track']], (1e-3, 1e-2, 1e-2, 1e-2)
     ):
         torch.testing.assert_close(actual, wanted, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize('size', SIZES)
+@torch.inference_mode()
+def test_tracks_of_a_stream_stay_at_their_queries_as_published(size):
+    network, expected = golden_network('streamvggt'), golden('streamvggt', size, 'stream')
+    queries = golden('streamvggt', size, 'batch')['query_points']
+    cache = DenseCache(network.config.depth)
+    for i, frame in enumerate(images(size).split(1, 1)):
+        attention = partial(CachedAttention, cache)
+        taps, _ = network.aggregator(frame, attention, starts_sequence=i == 0)
+        cache.commit(1)
+        tracks, vis, conf = network.track_head(taps, *frame.shape[-2:], queries)
+        assert torch.equal(tracks[-1][:, 0], queries)
+        assert_golden('track', tracks[-1], expected['stream.track'][:, i : i + 1])
+        assert_golden('vis', vis, expected['stream.vis'][:, i : i + 1])
+        assert_golden('track_conf', conf, expected['stream.track_conf'][:, i : i + 1])
 
 
 @pytest.mark.parametrize('size', SIZES)

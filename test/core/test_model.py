@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from stream3r_core.cache.dense import DenseCache
 from stream3r_core.config import PRESETS, ModelConfig
 from stream3r_core.errors import ConfigError, InputError
+from stream3r_core.model import dpt_head
 from stream3r_core.model.network import CausalVGGT
 from stream3r_core.model.rope import rotary_tables, rotate
 from stream3r_core.model.visibility import FrameAttention, frame_bias, visible_window
@@ -95,7 +96,7 @@ class TestBatches:
     def test_sequences_of_a_batch_do_not_mix(self, mode):
         network = golden_network('streamvggt')
         one = images(LANDSCAPE)
-        both = torch.cat((one, one.flip(1)))  # 12 frames: more than one chunk of the heads
+        both = torch.cat((one, one.flip(1)))
         queries = torch.tensor([[[14.0, 12.0], [40.0, 20.0]], [[30.0, 8.0], [5.0, 33.0]]])
         batched = tensors_of(network(both, mode, 2, queries))
         for i in range(2):
@@ -104,6 +105,12 @@ class TestBatches:
             for name in alone:
                 tolerance = {'atol': 1e-2, 'rtol': 0} if name in tracks else NOISE
                 torch.testing.assert_close(batched[name][i], alone[name][0], **tolerance)
+
+    def test_maps_do_not_depend_on_the_chunks_they_are_made_in(self, network, monkeypatch):
+        frames = images(LANDSCAPE)
+        expected = network(frames, 'causal')
+        monkeypatch.setattr(dpt_head, 'PIXELS_PER_CHUNK', 4 * 42 * 70)
+        assert_same(network(frames, 'causal'), expected)
 
     def test_outputs_left_out_do_not_change_the_others(self, network):
         frames = images(PORTRAIT)
@@ -292,6 +299,28 @@ def test_descriptors_are_unit_vectors_of_single_frames(network):
 
 
 class TestRefusals:
+    @pytest.mark.parametrize(
+        'change',
+        [
+            {'num_heads': 3},
+            {'camera_heads': 3},
+            {'dino_heads': 3},
+            {'dpt_features': 20},
+            {'dpt_out_channels': (8, 10, 16, 20)},
+            {'dpt_layers': (0, 1, 2, 5)},
+            {'encoder': 'resnet'},
+            {'track': {'features': 18}},
+            {'track': {'num_heads': 5}},
+        ],
+    )
+    def test_sizes_that_do_not_go_together(self, change):
+        with pytest.raises(ConfigError, match=next(iter(change)).split('_')[0]):
+            ModelConfig.from_dict(
+                {'embed_dim': 32, 'num_heads': 2, 'camera_heads': 4, 'dino_heads': 2, 'depth': 5}
+                | {'dpt_layers': (0, 1, 2, 3)}
+                | change
+            )
+
     @pytest.mark.parametrize(
         'frames',
         [
