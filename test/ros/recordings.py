@@ -1,8 +1,12 @@
 """Small recordings with known content, written with the package's own writer."""
 
+import json
+
+import cv2
 import numpy as np
 
-from stream3r_ros.bag import BagWriter
+from stream3r_ros.bag import BagReader, BagWriter
+from stream3r_ros.cli import main
 from stream3r_ros.messages import rosbags_messages
 from stream3r_ros.qos import SENSOR_DATA
 
@@ -10,6 +14,7 @@ MESSAGES = rosbags_messages()
 START_NS = 1_700_000_000_123_456_789
 STEP_NS = 33_333_333
 CAMERA_FRAME = 'camera_optical'
+SMALL = ('--set', 'model.weights=random', '--set', 'image.long_side=56')
 
 
 def stamp(index):
@@ -48,3 +53,26 @@ def write_images(path, indices=range(6), topic='/camera/image_raw', extra=None):
             for name, make in (extra or {}).items():
                 bag.write(name, make(index), stamp(index))
     return path
+
+
+def write_photos(folder, names):
+    folder.mkdir()
+    paths = [folder / name for name in names]
+    for index, path in enumerate(paths):
+        cv2.imwrite(str(path), picture(8 * index)[..., ::-1])
+    return paths
+
+
+def replay(output, *inputs, code=0):
+    """Run the command; return the summary that it wrote."""
+    assert main(['replay', *map(str, inputs), '--output', str(output), *SMALL]) == code
+    return json.loads((output / 'summary.json').read_text())
+
+
+def recorded(folder):
+    """Return all messages of the output bag by topic."""
+    messages = {}
+    with BagReader(folder / 'bag') as bag:
+        for message in bag.messages():
+            messages.setdefault(message.topic, []).append(bag.deserialize(message))
+    return messages
