@@ -43,6 +43,7 @@ class NodeStatus:
     frames: FrameFigures
     drops: Mapping[str, int] = field(default_factory=dict)  # reason -> images
     reconstruction: ReconstructionFigures = field(default_factory=ReconstructionFigures)
+    has_camera_info: bool = False
     problem: str = ''  # what is wrong and what to do, if anything
 
     @property
@@ -86,6 +87,7 @@ class NodeStatus:
             'images_processed': str(frames.num_processed),
             'images_dropped': str(sum(self.drops.values())),
             **{f'images_dropped.{reason}': str(n) for reason, n in sorted(self.drops.items())},
+            'camera_info': 'received' if self.has_camera_info else 'none',
             'cache_tokens': str(made.cache_tokens),
             'cache_bytes': str(made.cache_bytes),
             'cache_capacity_bytes': str(made.cache_capacity_bytes),

@@ -43,9 +43,9 @@ class LiveReconstruction:
 
         Raises :class:`InputError` for an image that cannot be used; the session goes on.
         """
-        stamp = self._check_stamp(message, config)
         image = image_from_message(message)
         frame = camera_frame(message.header.frame_id, config)
+        stamp = self._check_stamp(message, config)  # last: it may start a new session
         self._reconstructor.map.config = config.mapping
         prediction = self._reconstructor.process(image, stamp, self._known_K(image))
         self._last_stamp_ns = self._map_stamp_ns = stamp
@@ -79,15 +79,15 @@ class LiveReconstruction:
 
     def _check_stamp(self, message: Any, config: NodeConfig) -> int:
         stamp = stamp_ns(message)
-        if stamp < 0:
-            raise InputError(f'the image has a negative stamp ({stamp} ns)')
+        if stamp <= 0:
+            raise InputError(
+                f'the image has no stamp ({stamp} ns); does the camera driver set it?'
+            )
         if self._last_stamp_ns is None or stamp > self._last_stamp_ns:
             return stamp
         late_s = (self._last_stamp_ns - stamp) / 1e9
         if late_s == 0:
-            raise InputError(
-                f'the image has the stamp of the one before ({stamp} ns); does the camera stamp?'
-            )
+            raise InputError(f'the image has the stamp of the one before it ({stamp} ns)')
         if late_s < config.backward_jump_s:
             raise InputError(f'the image is {late_s:.3f} s older than the one before')
         _log.warning('time jumped back by %.3f s: a new session starts, with an empty map', late_s)

@@ -97,6 +97,12 @@ class Stream3rNode(LifecycleNode):
         """The configuration as of now; live parameters change it."""
         return self._options.config
 
+    def warn_of_unused(self, parameter_files: list[str]) -> None:
+        """Warn of files that are for other nodes: rcl passes over them in silence."""
+        if parameter_files and not self._options.is_given_any:
+            name = self.get_fully_qualified_name()
+            self.get_logger().warning(f'{parameter_files[-1]}: nothing in it is for {name}')
+
     # -- wiring -------------------------------------------------------------------------------
 
     def _subscribe(self) -> None:
@@ -298,6 +304,7 @@ class Stream3rNode(LifecycleNode):
             frames=frames,
             drops=self._refused + Counter(worker.drops if worker else {}),
             reconstruction=live.figures if live else ReconstructionFigures(),
+            has_camera_info=live is not None and live.camera_info is not None,
             problem=self._problem(frames.rate_in_hz),
         )
 
@@ -341,13 +348,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the node until SIGINT, SIGTERM or an error; return the exit code."""
     prepare_environment()
-    _check_parameter_files(args.ros_args)
+    files = _parameter_files(args.ros_args)
     try:
         rclpy.init(args=args.ros_args)
     except RuntimeError as error:  # rcl on arguments it cannot read
         raise ConfigError(f'ROS arguments: {error}') from error
     try:
-        code, is_clean = _run_node()
+        code, is_clean = _run_node(files)
     finally:
         rclpy.try_shutdown()
     if not is_clean:
@@ -358,9 +365,10 @@ def run(args: argparse.Namespace) -> int:
     return code
 
 
-def _run_node() -> tuple[int, bool]:
+def _run_node(parameter_files: list[str]) -> tuple[int, bool]:
     """Return the exit code, and whether all threads have ended."""
     node, code = Stream3rNode(), 0
+    node.warn_of_unused(parameter_files)
     executor = SingleThreadedExecutor()
     executor.add_node(node)
     try:
@@ -383,8 +391,10 @@ def _spin(node: Stream3rNode, executor: SingleThreadedExecutor) -> int:
     return node.ended.result() or 0
 
 
-def _check_parameter_files(ros_args: list[str]) -> None:
-    """Say plainly what rcl wraps into three lines about its own sources."""
-    for flag, file in pairwise(ros_args):
-        if flag == '--params-file' and not Path(file).is_file():
+def _parameter_files(ros_args: list[str]) -> list[str]:
+    """Return the parameter files; says plainly what rcl wraps into lines about its own sources."""
+    files = [file for flag, file in pairwise(ros_args) if flag == '--params-file']
+    for file in files:
+        if not Path(file).is_file():
             raise ConfigError(f'parameter file {file}: there is no such file')
+    return files

@@ -31,11 +31,13 @@ class NodeParameters:
     The node must have been made with ``automatically_declare_parameters_from_overrides=True``:
     only so can a name be seen, and refused, that no option has. Raises :class:`ConfigError` for
     an unknown parameter and for a value of the wrong type or out of range. :attr:`config` is
-    replaced when a live option is set; all others are read-only.
+    replaced when a live option is set; all others are read-only. :attr:`is_given_any` tells
+    whether anything was set from outside.
     """
 
     def __init__(self, node: Node):
         given = _take_overrides(node)
+        self.is_given_any = bool(given)
         self._given_qos = [name for name in given if name.startswith(QOS_PREFIX)]
         values = {name: v for name, v in given.items() if name not in self._given_qos}
         self.config: NodeConfig = from_dict(NodeConfig, nest(values))

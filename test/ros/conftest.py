@@ -76,3 +76,11 @@ def spin_until(node, ros):
 
     yield spin
     executor.shutdown()
+
+
+@pytest.fixture
+def live(spawn, node, spin_until, tmp_path):
+    """Return the harness of a node process; ``live.start(...)`` starts it."""
+    from node_harness import NodeUnderTest
+
+    return NodeUnderTest(spawn, node, spin_until, tmp_path / 'node.log')

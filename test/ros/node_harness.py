@@ -1,0 +1,146 @@
+"""A node process under test, with this test process as its camera and its observer."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+from diagnostic_msgs.msg import DiagnosticArray
+from rclpy.qos import QoSProfile, ReliabilityPolicy
+from sensor_msgs.msg import CameraInfo, CompressedImage, Image
+from std_srvs.srv import Trigger
+
+from stream3r_ros.messages import rclpy_class, rclpy_messages
+from stream3r_ros.outputs import TOPICS
+
+ROOT = Path(__file__).resolve().parents[2]
+CAMERA_FRAME = 'camera_color_optical_frame'
+SMALL = {'model.weights': 'random', 'image.long_side': 56, 'status.period_s': 0.1}
+FIRST_STAMP_NS = 1_700_000_000_123_456_789
+PERIOD_NS = 33_333_333
+HEIGHT, WIDTH = 60, 80
+
+
+def picture(seed):
+    """A textured picture [60, 80, 3] uint8."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (6, 8, 3), np.uint8)
+    return coarse.repeat(10, 0).repeat(10, 1)
+
+
+def stamp(index):
+    return FIRST_STAMP_NS + index * PERIOD_NS
+
+
+def one_thread():
+    """An environment in which sums have one order, so that results are equal bit by bit."""
+    return {**os.environ, 'OMP_NUM_THREADS': '1'}
+
+
+class NodeUnderTest:
+    """Starts ``stream3r node``, sends it images, and keeps every message that it publishes."""
+
+    def __init__(self, spawn, observer, spin_until, log: Path):
+        self._spawn, self._observer, self._spin_until = spawn, observer, spin_until
+        self.log_file = log
+        self.messages = rclpy_messages()
+        self.received = {topic: [] for topic in TOPICS}
+        self.diagnostics = {}
+        for topic, (type_name, qos) in TOPICS.items():
+            name = topic.replace('~', '/stream3r')
+            observer.create_subscription(
+                rclpy_class(type_name), name, self.received[topic].append, qos.for_rclpy()
+            )
+        observer.create_subscription(DiagnosticArray, '/diagnostics', self._note, 10)
+
+    def _note(self, message):
+        for status in message.status:
+            values = {pair.key: pair.value for pair in status.values}
+            self.diagnostics = values | {'level': status.level, 'message': status.message}
+
+    def start(self, *ros_args, wait_until_active=True, **parameters):
+        """Start the node; ``parameters`` by dotted name, on top of a small untrained network."""
+        given = [f'{name}:={value}' for name, value in {**SMALL, **parameters}.items()]
+        self.start_bare(*(word for text in given for word in ('-p', text)), *ros_args)
+        if wait_until_active:
+            self.wait_until(lambda: self.figure('state') == 'active')
+
+    def start_bare(self, *ros_args):
+        """Start the node with these arguments only."""
+        command = ['-m', 'stream3r_ros', 'node', '--ros-args', *ros_args]
+        with self.log_file.open('w') as log:
+            self.process = self._spawn(
+                *command, cwd=ROOT, stdout=log, stderr=log, env=one_thread()
+            )
+
+    @property
+    def log(self):
+        return self.log_file.read_text()
+
+    def figure(self, name):
+        value = self.diagnostics.get(name)
+        return int(value) if value is not None and value.isdecimal() else value
+
+    def wait_until(self, condition, deadline_s=60):
+        def alive_or_done():
+            done = condition()
+            assert done or self.process.poll() is None, f'the node has ended:\n{self.log}'
+            return done
+
+        self._spin_until(alive_or_done, deadline_s)
+
+    def wait_for(self, topic, count):
+        """Wait until so many messages have come on a topic; return them."""
+        self.wait_until(lambda: len(self.received[topic]) >= count)
+        return self.received[topic]
+
+    def connect_camera(
+        self, topic='/image', compressed=False, reliability=ReliabilityPolicy.RELIABLE
+    ):
+        """Create the publisher of images and wait until the node receives from it.
+
+        The node listens with best effort, and a publisher may know of a listener before it is
+        known itself: empty images, which the node rejects, are sent until one has arrived.
+        """
+        qos = QoSProfile(depth=5, reliability=reliability)
+        kind = CompressedImage if compressed else Image
+        self.camera = self._observer.create_publisher(kind, topic, qos)
+        self._publish_until(self.camera, kind(), lambda: self.figure('images_received'))
+
+    def _publish_until(self, publisher, message, condition):
+        def publish_or_done():
+            if condition():
+                return True
+            publisher.publish(message)
+            return False
+
+        self.wait_until(publish_or_done)
+
+    def image(self, index, frame_id=CAMERA_FRAME, seed=None):
+        pixels = picture(index if seed is None else seed)
+        return self.messages.rgb_image(pixels, stamp(index), frame_id)
+
+    def feed(self, *indices):
+        """Send images one by one, each after the node has finished the one before."""
+        for index in indices:
+            self.finish(self.image(index))
+
+    def finish(self, message):
+        """Send one image and wait for its transform."""
+        count = len(self.received['/tf']) + 1
+        self.camera.publish(message)
+        self.wait_for('/tf', count)
+
+    def send_camera_info(self, K, height=HEIGHT, width=WIDTH, d=()):
+        """Publish intrinsics and wait until the node has taken them in."""
+        info = self.messages.camera_info(K, height, width, stamp(0), CAMERA_FRAME)
+        info.d = list(map(float, d))
+        publisher = self._observer.create_publisher(CameraInfo, '/camera_info', 10)
+        self._publish_until(publisher, info, lambda: self.figure('camera_info') == 'received')
+
+    def call(self, service):
+        """Call ``~/service`` and return its answer."""
+        client = self._observer.create_client(Trigger, f'/stream3r/{service}')
+        self.wait_until(client.service_is_ready)
+        future = client.call_async(Trigger.Request())
+        self.wait_until(future.done)
+        return future.result()

@@ -1,0 +1,173 @@
+"""What goes wrong is said, counted and survived: bad messages, time jumps, failures."""
+
+import array
+
+import numpy as np
+import pytest
+from node_harness import stamp
+
+from stream3r_core.evaluation.trajectory_files import read_trajectory
+from stream3r_core.mapping import load_ply
+
+pytestmark = pytest.mark.ros
+
+
+def edited(message, **fields):
+    for name, value in fields.items():
+        setattr(message, name, value)
+    return message
+
+
+def nan_floats():
+    pixels = np.full((4, 4), np.nan, np.float32)
+    return {
+        'encoding': '32FC1',
+        'height': 4,
+        'width': 4,
+        'step': 16,
+        'data': array.array('B', pixels.tobytes()),
+    }
+
+
+BAD_IMAGES = {
+    'short data': {'data': array.array('B', [0] * 10)},
+    'step below the row': {'step': 5},
+    'zero size': {'width': 0, 'height': 0, 'step': 0, 'data': array.array('B')},
+    'claims 16k x 16k': {'width': 16384, 'height': 16384, 'step': 3 * 16384},
+    'unknown encoding': {'encoding': 'klingon8'},
+    'a depth image': nan_floats(),
+}
+
+
+def rejected(live):
+    return live.figure('images_dropped.rejected') or 0
+
+
+def send_bad(live, message):
+    """Send an image and wait until the node has counted it as rejected."""
+    before = rejected(live)
+    live.camera.publish(message)
+    live.wait_until(lambda: rejected(live) == before + 1)
+
+
+def test_bad_images_are_counted_and_the_session_goes_on(live):
+    live.start(**{'outputs.path.max_rate_hz': 0})
+    live.connect_camera()
+    live.feed(0)
+    for index, fields in enumerate(BAD_IMAGES.values(), start=1):
+        send_bad(live, edited(live.image(index), **fields))
+    send_bad(live, live.image(20, frame_id=''))
+    send_bad(live, live.image(21, frame_id='map'))
+    unstamped = live.image(22)
+    unstamped.header.stamp.sec = unstamped.header.stamp.nanosec = 0
+    send_bad(live, unstamped)
+    live.feed(30)
+    assert live.figure('state') == 'active'
+    assert 'rejecting images: the image has no stamp' in live.diagnostics['message']
+    assert 1 <= live.log.count('image rejected') < len(BAD_IMAGES)  # throttled
+    assert len(live.wait_for('~/path', 2)[-1].poses) == 2
+
+
+def test_a_repeated_or_late_stamp_is_rejected(live):
+    live.start()
+    live.connect_camera()
+    live.feed(0, 5)
+    send_bad(live, live.image(5))
+    send_bad(live, live.image(3))
+    live.feed(6)
+    assert len(live.received['/tf']) == 3
+
+
+def test_time_that_jumps_back_starts_a_new_session(live):
+    live.start(**{'outputs.path.max_rate_hz': 0, 'outputs.map.period_s': 0.1})
+    live.connect_camera()
+    live.feed(100, 101, 102)
+    live.feed(0)
+    assert 'time jumped back by 3.400 s' in live.log
+    paths = live.wait_for('~/path', 4)
+    assert [len(path.poses) for path in paths] == [1, 2, 3, 1]
+    live.wait_until(
+        lambda: live.received['~/map'] and live.received['~/map'][-1].header == paths[-1].header
+    )
+
+
+def test_a_looped_sequence_gives_the_same_poses_again(live):
+    live.start()
+    live.connect_camera()
+    for _ in range(2):
+        for index in range(0, 60, 20):
+            live.feed(index)
+    first, second = live.received['/tf'][:3], live.received['/tf'][3:]
+    assert first == second
+
+
+def test_reset_starts_a_new_session(live):
+    live.start(**{'outputs.path.max_rate_hz': 0})
+    live.connect_camera()
+    live.feed(0, 1)
+    answer = live.call('reset')
+    assert answer.success and 'new session' in answer.message
+    live.finish(live.image(2, seed=0))  # the first picture again, later
+    poses = [message.transforms[0].transform for message in live.received['/tf']]
+    assert poses[2] == poses[0] != poses[1]
+    assert [len(path.poses) for path in live.wait_for('~/path', 3)] == [1, 2, 1]
+
+
+def test_a_failure_is_held_until_reset(live):
+    live.start(**{'session.mode': 'causal', 'session.max_frames': 2})
+    live.connect_camera()
+    live.feed(0, 1)
+    live.camera.publish(live.image(2))
+    live.wait_until(lambda: live.figure('state') == 'failed')
+    assert live.diagnostics['level'] == b'\x02'
+    assert '/stream3r/reset' in live.diagnostics['message']
+    live.camera.publish(live.image(3))
+    live.wait_until(lambda: live.figure('images_dropped.failed') == 2)
+    assert live.call('reset').success
+    live.feed(4)
+    live.wait_until(lambda: live.figure('state') == 'active')
+
+
+def test_a_failure_ends_the_node_when_asked_to(live):
+    live.start(**{'session.mode': 'causal', 'session.max_frames': 1, 'on_failure': 'exit'})
+    live.connect_camera()
+    live.feed(0)
+    live.camera.publish(live.image(1))
+    assert live.process.wait(timeout=20) == 1
+
+
+def test_save_map_writes_map_and_trajectory_and_says_where(live, tmp_path):
+    folder = tmp_path / 'made' / 'on demand'
+    live.start(**{'save_map.directory': str(folder), 'outputs.map.period_s': 0.1})
+    live.connect_camera()
+    refused = live.call('save_map')
+    assert not refused.success and 'no image' in refused.message and not folder.exists()
+    live.feed(0, 1, 2)
+    answer = live.call('save_map')
+    assert answer.success, answer.message
+    paths = answer.message.split('\n')
+    assert paths == [str(folder / 'map.ply'), str(folder / 'trajectory.tum')]
+    trajectory = read_trajectory(paths[1])
+    assert trajectory.stamps_ns.tolist() == [stamp(0), stamp(1), stamp(2)]
+    live.wait_until(lambda: live.received['~/map'])
+    live.wait_until(lambda: live.received['~/map'][-1].width == len(load_ply(paths[0])))
+    assert len(load_ply(paths[0])) > 0
+    assert sorted(p.name for p in folder.iterdir()) == ['map.ply', 'trajectory.tum']
+
+
+def test_save_map_refuses_without_a_folder(live):
+    live.start()
+    live.connect_camera()
+    live.feed(0)
+    answer = live.call('save_map')
+    assert not answer.success and 'save_map.directory' in answer.message
+
+
+def test_save_map_that_cannot_write_says_so_and_the_node_goes_on(live, tmp_path):
+    (tmp_path / 'file').write_text('not a folder')
+    live.start(**{'save_map.directory': str(tmp_path / 'file')})
+    live.connect_camera()
+    live.feed(0)
+    answer = live.call('save_map')
+    assert not answer.success and str(tmp_path / 'file') in answer.message
+    live.feed(1)

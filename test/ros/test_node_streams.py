@@ -1,0 +1,182 @@
+"""A stream through the live node: what goes out carries the image's stamp and the same result."""
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from node_harness import CAMERA_FRAME, HEIGHT, SMALL, WIDTH, picture, stamp
+from rclpy.qos import ReliabilityPolicy
+
+from stream3r_core.checkpoints import load_model
+from stream3r_core.config import from_dict
+from stream3r_core.pipeline import Reconstructor
+from stream3r_ros.config import NodeConfig
+from stream3r_ros.conversions import depth_from_message, stamp_ns
+from stream3r_ros.messages import rclpy_class, rclpy_messages
+from stream3r_ros.outputs import FRAME_TOPICS, TOPICS, Outputs
+from stream3r_ros.parameters import nest
+
+pytestmark = pytest.mark.ros
+NUM_IMAGES = 5
+
+
+def stamps(messages):
+    return [stamp_ns(message) for message in messages]
+
+
+def transforms(messages):
+    return [transform for message in messages for transform in message.transforms]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Sums in one order, as in the node under test: results are equal bit by bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def offline(num_images, K=None, **parameters):
+    """The messages that the same images give without any ROS graph between."""
+    config = from_dict(NodeConfig, nest({**SMALL, **parameters}))
+    model = load_model(config.model.preset, weights=config.model.weights)
+    reconstructor = Reconstructor(model, config)
+    outputs = Outputs(rclpy_messages(), config.map_frame)
+    frames = []
+    for index in range(num_images):
+        prediction = reconstructor.process(picture(index), stamp(index), K)
+        outputs.mapping = config.mapping
+        frames.append(outputs.add(prediction, CAMERA_FRAME))
+    return frames, outputs, reconstructor.map.points()
+
+
+@pytest.mark.parametrize(
+    'reliability', [ReliabilityPolicy.RELIABLE, ReliabilityPolicy.BEST_EFFORT]
+)
+def test_every_processed_image_gives_one_transform_with_its_stamp(live, reliability):
+    live.start()
+    live.connect_camera(reliability=reliability)
+    live.feed(*range(NUM_IMAGES))
+    sent = [stamp(index) for index in range(NUM_IMAGES)]
+    live.wait_until(lambda: live.figure('images_processed') == NUM_IMAGES)
+    edges = transforms(live.received['/tf'])
+    assert stamps(edges) == sent  # one each, in order, equal to the nanosecond
+    assert {(t.header.frame_id, t.child_frame_id) for t in edges} == {('map', CAMERA_FRAME)}
+
+
+def test_depth_and_camera_info_go_together_in_the_frame_of_the_image(live):
+    live.start()
+    live.connect_camera()
+    live.feed(*range(NUM_IMAGES))
+    depth = live.wait_for('~/depth/image', NUM_IMAGES)
+    info = live.wait_for('~/depth/camera_info', NUM_IMAGES)
+    confidence = live.wait_for('~/depth/confidence', NUM_IMAGES)
+    sent = [stamp(index) for index in range(NUM_IMAGES)]
+    assert stamps(depth) == stamps(info) == stamps(confidence) == sent
+    for image, camera in zip(depth, info):
+        assert image.encoding == '32FC1' and image.header.frame_id == CAMERA_FRAME
+        assert camera.header == image.header
+        assert (camera.height, camera.width) == (image.height, image.width)
+        assert not any(camera.d)
+        depth_m = depth_from_message(image)
+        assert np.isfinite(depth_m).any() and not (depth_m <= 0).any()
+
+
+def test_live_equals_offline_message_by_message(live):
+    live.start(**{'outputs.path.max_rate_hz': 0, 'outputs.map.period_s': 0.1})
+    live.connect_camera()
+    live.feed(*range(NUM_IMAGES))
+    frames, outputs, cloud = offline(NUM_IMAGES)
+    for topic in FRAME_TOPICS:
+        assert live.wait_for(topic, NUM_IMAGES) == [f.message(topic) for f in frames], topic
+    paths = live.wait_for('~/path', NUM_IMAGES)
+    assert paths[-1] == outputs.path(stamp(NUM_IMAGES - 1))
+    assert [len(path.poses) for path in paths] == list(range(1, NUM_IMAGES + 1))
+    expected_map = outputs.map(cloud, stamp(NUM_IMAGES - 1))
+    live.wait_until(lambda: live.received['~/map'] and live.received['~/map'][-1] == expected_map)
+    assert expected_map.width > 0
+
+
+def test_known_intrinsics_replace_the_predicted_ones(live):
+    K = np.array([[90.0, 0, 41], [0, 95, 29], [0, 0, 1]])
+    live.start()
+    live.connect_camera()
+    live.send_camera_info(K)
+    live.feed(0)
+    (info,) = live.wait_for('~/depth/camera_info', 1)
+    frames, *_ = offline(1, K=torch.from_numpy(K))
+    assert info == frames[0].camera_info()
+    assert info.k[0] == pytest.approx(90 * info.width / WIDTH)
+    assert info.k[4] == pytest.approx(95 * info.height / HEIGHT)
+    unknown = offline(1)[0][0].camera_info()
+    assert abs(unknown.k[0] - info.k[0]) > 1  # it did matter
+
+
+def test_intrinsics_of_another_size_are_not_used(live):
+    live.start()
+    live.connect_camera()
+    live.send_camera_info(np.diag([90.0, 90, 1]), height=2 * HEIGHT, width=2 * WIDTH)
+    live.feed(0)
+    (info,) = live.wait_for('~/depth/camera_info', 1)
+    assert info == offline(1)[0][0].camera_info()
+    assert 'camera_info is for 160 x 120 pixels' in live.log
+
+
+@pytest.mark.parametrize('topic', ['/camera/image_raw', '/camera/image_raw/compressed'])
+def test_compressed_images_are_taken_from_either_name(live, topic):
+    live.start('-r', f'image:={topic}', image_transport='compressed')
+    live.connect_camera('/camera/image_raw/compressed', compressed=True)
+    bgr = cv2.cvtColor(picture(0), cv2.COLOR_RGB2BGR)
+    data = cv2.imencode('.png', bgr)[1].tobytes()
+    live.finish(live.messages.compressed_image(data, 'png', stamp(0), CAMERA_FRAME))
+    frames, *_ = offline(1)  # png loses nothing
+    assert live.received['/tf'] == [frames[0].tf()]
+
+
+def test_frames_of_a_burst_are_processed_or_counted_and_the_newest_wins(live):
+    live.start()
+    live.connect_camera()
+    sent = [stamp(index) for index in range(40)]
+    for index in range(40):
+        live.camera.publish(live.image(index))
+    seen = live.received['/tf']
+    live.wait_until(lambda: seen and stamps(transforms(seen))[-1] == sent[-1])
+    live.wait_until(lambda: live.figure('images_processed') == len(seen))
+    assert live.figure('images_dropped.superseded') > 0
+    assert live.figure('images_received') == len(seen) + live.figure('images_dropped')
+    assert stamps(transforms(seen)) == sorted(set(stamps(transforms(seen))) & set(sent))
+
+
+def test_outputs_that_are_switched_off_stay_silent(live):
+    live.start(**{'publish_tf': 'false', 'outputs.cloud.enabled': 'false'})
+    live.connect_camera()
+    live.camera.publish(live.image(0))
+    live.wait_for('~/pose', 1)
+    live.wait_until(lambda: live.figure('images_processed') == 1)
+    assert not live.received['/tf'] and not live.received['~/cloud']
+
+
+def test_a_rate_limit_counts_in_the_time_of_the_images(live):
+    live.start(**{'outputs.cloud.max_rate_hz': 11})  # images come at 30 Hz
+    live.connect_camera()
+    live.feed(*range(7))
+    live.wait_until(lambda: live.figure('images_processed') == 7)
+    clouds = live.wait_for('~/cloud', 3)
+    assert stamps(clouds) == [stamp(0), stamp(3), stamp(6)]
+
+
+def test_late_subscribers_get_the_map_and_the_path(live, node):
+    live.start(**{'outputs.map.period_s': 0.1})
+    live.connect_camera()
+    live.feed(0, 1)
+    live.wait_for('~/map', 1)
+    late = {'~/map': [], '~/path': []}
+    for topic, messages in late.items():
+        node.create_subscription(
+            rclpy_class(TOPICS[topic].type),
+            topic.replace('~', '/stream3r'),
+            messages.append,
+            TOPICS[topic].qos.for_rclpy(),
+        )
+    live.wait_until(lambda: all(late.values()))
