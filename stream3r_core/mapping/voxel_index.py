@@ -11,8 +11,11 @@ _NONE = -1
 
 def pack_cells(cells: np.ndarray) -> np.ndarray:
     """Keys [N] int64 >= 0 of voxel cells [3, N], whole numbers within +-CELL_LIMIT."""
-    x, y, z = cells.astype(np.int64) + CELL_LIMIT
-    return x << 2 * _BITS | y << _BITS | z
+    keys = np.zeros(cells.shape[1], np.int64)
+    for plane in cells:
+        keys <<= _BITS
+        keys |= plane.astype(np.int64) + CELL_LIMIT
+    return keys
 
 
 def _bucket(keys: np.ndarray, bits: int) -> np.ndarray:

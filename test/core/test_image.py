@@ -19,7 +19,7 @@ from stream3r_core.image import (
 )
 
 GOLDEN = Path(__file__).parents[1] / 'golden' / 'preprocess.safetensors'
-PUBLISHED, TINY = PRESETS['stream3r'], PRESETS['tiny']
+PUBLISHED, SMALL = PRESETS['stream3r'], ModelConfig(img_size=112, patch_size=8)
 SQUARE = (518, 518)
 SIZES = {  # camera (width, height): network (height, width) of crop, pad, eval
     (640, 480): ((392, 518), SQUARE, (378, 518)),
@@ -74,7 +74,7 @@ def test_network_sizes_equal_the_published_table(camera_wh):
 
 def test_halves_of_a_patch_round_to_the_even_multiple():
     def rows(height):
-        return prepare(noise(height, 112), ImageConfig(), TINY)[0].shape[1]
+        return prepare(noise(height, 112), ImageConfig(), SMALL)[0].shape[1]
 
     assert (rows(76), rows(84), rows(92)) == (80, 80, 96)  # 9.5, 10.5 and 11.5 patches of 8
 
@@ -89,7 +89,7 @@ def test_the_evaluation_loader_resizes_twice_with_lanczos():
 
 def test_every_kind_of_input_gives_the_same_pixels():
     image = noise(60, 80)
-    expected, geometry = prepare(image, ImageConfig(), TINY)
+    expected, geometry = prepare(image, ImageConfig(), SMALL)
     as_float = image / np.float32(255)
     opaque = np.dstack([image, np.full((60, 80, 1), 255, np.uint8)])
     for same in (
@@ -100,11 +100,11 @@ def test_every_kind_of_input_gives_the_same_pixels():
         opaque,
         image[::-1, ::-1].copy()[::-1, ::-1],  # negative strides
     ):
-        tensor, other = prepare(same, ImageConfig(), TINY)
+        tensor, other = prepare(same, ImageConfig(), SMALL)
         assert torch.equal(tensor, expected) and other == geometry
-    mono, _ = prepare(image[..., 0], ImageConfig(), TINY)
+    mono, _ = prepare(image[..., 0], ImageConfig(), SMALL)
     assert torch.equal(mono, expected[:1].expand_as(mono))
-    transparent, _ = prepare(np.zeros((60, 80, 4), np.uint8), ImageConfig(), TINY)
+    transparent, _ = prepare(np.zeros((60, 80, 4), np.uint8), ImageConfig(), SMALL)
     assert (transparent == 1).all()
 
 
@@ -137,14 +137,14 @@ def test_long_side_and_patch_size_are_free():
 )
 def test_unusable_images_are_refused_with_the_reason(image, reason):
     with pytest.raises(InputError, match=reason):
-        prepare(image, ImageConfig(), TINY)
+        prepare(image, ImageConfig(), SMALL)
 
 
 def test_unusable_sizes_are_refused_with_the_way_out():
     with pytest.raises(ConfigError, match='use 96 or 104'):
-        prepare(noise(50, 60), ImageConfig(long_side=100), TINY)
+        prepare(noise(50, 60), ImageConfig(long_side=100), SMALL)
     with pytest.raises(InputError, match="use fit 'crop' or 'pad'"):
-        prepare(noise(50, 50), ImageConfig(fit='eval'), TINY)
+        prepare(noise(50, 50), ImageConfig(fit='eval'), SMALL)
 
 
 CASES = [
@@ -187,7 +187,7 @@ def test_a_point_appears_where_the_moved_intrinsics_project_it(camera_hw, config
 
 @pytest.mark.parametrize('camera_hw, config', CASES)
 def test_intrinsics_come_back_from_the_network(camera_hw, config):
-    _, geometry = prepare(noise(*camera_hw), config, TINY)
+    _, geometry = prepare(noise(*camera_hw), config, SMALL)
     K = torch.tensor([[400.0, 0, 311], [0, 410, 233], [0, 0, 1]], dtype=torch.float64)
     torch.testing.assert_close(geometry.camera_K(geometry.network_K(K)), K)
     assert geometry.network_K(K.float().expand(2, 5, 3, 3)).shape == (2, 5, 3, 3)
@@ -195,7 +195,7 @@ def test_intrinsics_come_back_from_the_network(camera_hw, config):
 
 @pytest.mark.parametrize('camera_hw, config', CASES)
 def test_maps_at_camera_resolution_keep_their_rays(camera_hw, config):
-    _, geometry = prepare(noise(*camera_hw), config, TINY)
+    _, geometry = prepare(noise(*camera_hw), config, SMALL)
     height, width = geometry.network_size_hw
     v, u = torch.meshgrid(torch.arange(height), torch.arange(width), indexing='ij')
     camera_map = geometry.to_camera(torch.stack([u, v], -1).float())  # [H, W, 2] network pixels
@@ -209,7 +209,7 @@ def test_maps_at_camera_resolution_keep_their_rays(camera_hw, config):
 
 
 def test_what_the_crop_removed_is_nan_and_the_rest_is_complete():
-    _, geometry = prepare(noise(640, 480), ImageConfig(), TINY)  # 112 x 152 rows, 112 kept
+    _, geometry = prepare(noise(640, 480), ImageConfig(), SMALL)  # 112 x 152 rows, 112 kept
     camera_map = geometry.to_camera(torch.ones(112, 112))
     inside = ~camera_map.isnan()
     assert inside.any(1).sum() == pytest.approx(640 * 112 / 152, abs=1)
