@@ -1,0 +1,69 @@
+"""Which tokens of the pool the next frames get to see again."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from stream3r_core.cache.token_pool import TILE_BYTES, TokenPool
+
+TIER = 1024.0  # height of a tier of ranks; normalised queries and keys stay far below it
+
+
+class Retrieved(NamedTuple):
+    """Tokens brought back, best first."""
+
+    k: Tensor  # [G, n, D]
+    v: Tensor  # [G, n, D]
+    bias: Tensor  # [G, n] float32, log-count; -inf where there was nothing to retrieve
+    slot: Tensor  # [G, n] voxel slot of each, -1 for none
+
+
+def retrieve(pool: TokenPool, rank: Tensor, num_tokens: int, max_log_count: float) -> Retrieved:
+    """Return the ``num_tokens`` tokens of each group that rank highest, or all if there are less.
+
+    ``rank`` [G, N] is made by :func:`rank_by_query` or :func:`rank_by_weight`; -inf: never.
+    """
+    best, index = rank.topk(min(num_tokens, pool.capacity), dim=1)
+    wide = index[..., None].expand(-1, -1, pool.k.shape[2])
+    nothing = best.isneginf()
+    bias = pool.count.gather(1, index).log().clamp_max(max_log_count)
+    return Retrieved(
+        pool.k.gather(1, wide),
+        pool.v.gather(1, wide),
+        bias.masked_fill(nothing, -torch.inf),
+        pool.owner.gather(1, index).long().masked_fill(nothing, -1),
+    )
+
+
+def rank_by_query(pool: TokenPool, query: Tensor, near: Tensor, max_log_count: float) -> Tensor:
+    """Rank by the mean query [G, D] and the log-count: near pivots, near tokens, then all others.
+
+    The last tier only serves when the neighbourhood ``near`` [V] does not fill the budget.
+    """
+    keys, count, owner = pool.k[:, :-1], pool.count[:, :-1], pool.owner[:, :-1]
+    logits = torch.cat([_dot(k, q) for k, q in zip(_tiles(keys), _tiles(query, keys))])
+    logits = logits * keys.shape[2] ** -0.5
+    logits = logits + count.clamp_min(1).log().clamp_max(max_log_count)
+    tier = near[owner.clamp_min(0).long()] * (1.0 + (count > 1))
+    rank = logits.clamp(1 - TIER / 2, TIER / 2 - 1) + TIER * tier
+    return rank.masked_fill(owner < 0, -torch.inf)
+
+
+def rank_by_weight(pool: TokenPool, near: Tensor) -> Tensor:
+    """Rank near pivots by their weight, then near buffered tokens by their score (published)."""
+    owner = pool.owner[:, :-1]
+    buffered = -1 / (1 + pool.score_sum[:, :-1])  # below any weight, rising with the score
+    rank = pool.weight[:, :-1].where(pool.count[:, :-1] > 1, buffered)
+    is_near = near[owner.clamp_min(0).long()] & (owner >= 0)
+    return rank.masked_fill(~is_near, -torch.inf)
+
+
+def _dot(keys: Tensor, query: Tensor) -> Tensor:
+    return (keys.float() @ query.float()[..., None])[..., 0]
+
+
+def _tiles(x: Tensor, like: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Split groups so that a float32 copy of the keys of a tile stays small."""
+    like = x if like is None else like
+    return x.split(max(1, TILE_BYTES // (4 * like[0].numel())))
