@@ -121,16 +121,18 @@ PRESETS: dict[str, ModelConfig] = {
     'stream3r': ModelConfig(),
     'streamvggt': ModelConfig(track=TrackConfig()),
     'tiny': ModelConfig(
-        img_size=112,
+        img_size=96,
         patch_size=8,
         embed_dim=192,
         depth=4,
         num_heads=3,
+        num_register_tokens=1,
         encoder='conv',
         camera_trunk_depth=2,
         camera_heads=6,
-        dpt_features=48,
-        dpt_out_channels=(48, 96, 192, 192),
+        camera_iterations=2,
+        dpt_features=24,
+        dpt_out_channels=(24, 32, 48, 64),
         dpt_layers=(0, 1, 2, 3),
         dpt_head_features_2=16,
     ),
@@ -201,6 +203,117 @@ class SessionConfig:
 
 
 @dataclass(frozen=True)
+class CacheConfig:
+    """The bounded cache with a spatial memory (mode 'stac'); Greek letters are the paper's.
+
+    Frame counts are tokens' worth: 2 frames of heavy hitters are twice the tokens of a frame, for
+    each layer and head. :class:`PublishedCacheConfig` holds the published method (mode
+    'stac_paper'); its switches are the ablations of this one.
+    """
+
+    max_bytes: int = option(
+        0,
+        'everything the cache may hold on the device; 0 = the keys and values of 23 frames',
+        minimum=0,
+    )
+    bounded: bool = option(True, 'hold max_bytes; false: the spatial pool grows with the scene')
+    window: int = option(4, 'recent frames kept whole', minimum=1)
+    chunk_size: int = option(
+        1, 'frames processed together, each seeing all others of its chunk', minimum=1, maximum=8
+    )
+    pinned_frames: tuple[int, ...] = option((0,), 'frames kept whole for ever')
+    heavy_hitters: int = option(2, 'frames of the most attended older tokens', minimum=0)
+    retrieved: int = option(2, 'frames of tokens brought back from the pool', minimum=0)
+    score: str = option(
+        'attention',
+        "what makes a heavy hitter: 'attention' received, or 'residual', the size of the update "
+        'that its feed-forward layer made (cheaper)',
+        choices=('attention', 'residual'),
+    )
+    score_decay: float = option(0.9, 'gamma: score kept per chunk', minimum=0.0, maximum=1.0)
+    query_fraction: float = option(
+        1.0, 'fraction of the queries that measure attention', minimum=0.01, maximum=1.0
+    )
+    buffer_size: int = option(8, 'B: raw tokens that make a pivot', minimum=2, maximum=64)
+    num_pivots: int = option(4, 'P: merged tokens per voxel, layer and head', minimum=2, maximum=8)
+    absorb_threshold: float = option(
+        0.8, 'lambda: cosine at which a pivot absorbs a token', minimum=-1.0, maximum=1.0
+    )
+    drop_gate: float = option(
+        0.2, 'beta: tokens below this fraction of the mean score are dropped', minimum=0.0
+    )
+    sound_merging: bool = option(
+        True, 'merged keys keep their mean norm, the weight of a merged token is capped'
+    )
+    max_log_count: float = option(
+        3.0, 'cap of the log-count of a merged token (with sound_merging)', minimum=0.0
+    )
+    voxel_fraction: float = option(
+        0.03,
+        'voxel edge as a fraction of the median depth of the first frames; 0 = voxel_size',
+        minimum=0.0,
+        maximum=1.0,
+    )
+    voxel_size: float = option(0.05, 'voxel edge in scene units, if voxel_fraction is 0')
+    guard_points: bool = option(
+        True, 'tokens without a finite point of usual confidence stay out of the pool'
+    )
+    min_confidence: float = option(
+        1.0, 'tau: points of lower confidence have no place', minimum=1.0
+    )
+    confidence_quantile: float = option(
+        0.1, 'this fraction of a frame has no place (with guard_points)', minimum=0.0, maximum=0.99
+    )
+    query_retrieval: bool = option(
+        True,
+        'retrieve after eviction what the current queries ask for; false: before eviction, '
+        'the most merged tokens',
+    )
+    camera_memory: str = option(
+        'anchors',
+        "past of the camera head: 'anchors' = recent and spaced frames, 'window' = pinned and "
+        "recent frames, 'all' = every frame, without bound",
+        choices=('anchors', 'window', 'all'),
+    )
+    camera_window: int = option(8, 'recent frames that the camera head sees', minimum=1)
+    camera_anchors: int = option(
+        32, 'spaced frames that the camera head sees (camera_memory anchors)', minimum=2
+    )
+    skip_still: bool = option(
+        True, 'frames without parallax are tracked but enter neither cache nor map'
+    )
+    still_change: float = option(
+        0.006, 'mean change of a patch, of 1, up to which a view counts as unchanged', minimum=0.0
+    )
+    still_motion: float = option(
+        0.004,
+        'camera motion, as a fraction of depth plus radians, up to which a view with moving '
+        'things in it counts as unchanged',
+        minimum=0.0,
+    )
+
+
+@dataclass(frozen=True)
+class PublishedCacheConfig(CacheConfig):
+    """The published method, without the repairs that :class:`CacheConfig` makes."""
+
+    bounded: bool = option(False, 'hold max_bytes; false: the spatial pool grows with the scene')
+    chunk_size: int = option(4, 'frames processed together', minimum=1, maximum=8)
+    sound_merging: bool = option(False, 'merged keys keep their mean norm, log-count is capped')
+    voxel_fraction: float = option(
+        0.0, 'voxel edge as a fraction of the median depth; 0 = voxel_size', minimum=0.0
+    )
+    guard_points: bool = option(False, 'tokens of unusually low confidence stay out of the pool')
+    min_confidence: float = option(2.0, 'tau: points of lower confidence have no place')
+    query_retrieval: bool = option(False, 'retrieve after eviction, by the current queries')
+    camera_memory: str = option(
+        'window', 'past of the camera head', choices=('anchors', 'window', 'all')
+    )
+    camera_window: int = option(4, 'recent frames that the camera head sees', minimum=1)
+    skip_still: bool = option(False, 'frames without parallax enter neither cache nor map')
+
+
+@dataclass(frozen=True)
 class MappingConfig:
     """The accumulated, voxel-hashed point map."""
 
@@ -246,6 +359,8 @@ class CoreConfig:
     model: WeightsConfig = field(default_factory=WeightsConfig)
     image: ImageConfig = field(default_factory=ImageConfig)
     session: SessionConfig = field(default_factory=SessionConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    cache_paper: PublishedCacheConfig = field(default_factory=PublishedCacheConfig)
     mapping: MappingConfig = field(default_factory=MappingConfig)
 
 

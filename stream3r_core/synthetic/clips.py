@@ -30,6 +30,7 @@ class ClipConfig:
     moving: float = 0.0  # share of furniture that moves
     degrade: float = 1.0  # strength of exposure, colour, blur and noise variation; 0 = none
     shadows: bool = False
+    compiled: bool = False  # compile the renderer, see render()
     texture_seed: int = 0
 
 
@@ -79,6 +80,7 @@ def sample_clips(batch: int, config: ClipConfig, seed: int, device: str = 'cpu')
         (config.height, config.width),
         pool,
         config.shadows,
+        config.compiled,
     )
     rgb = rendering.rgb
     if config.degrade:

@@ -1,5 +1,6 @@
 """From worlds and camera poses to images with exact depth, normals and instance ids."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -43,19 +44,24 @@ def render(
     size_hw: tuple[int, int],
     pool: TexturePool,
     shadows: bool = True,
+    compiled: bool = False,
 ) -> Rendering:
     """Render frame f of ``world`` (one world per frame, see ``repeat_frames``).
 
     T_world_camera [F, 4, 4], K [F, 3, 3] in integer pixel positions (the centre of a pixel is its
-    index). Large batches are worked off in tiles.
+    index). Large batches are worked off in tiles; ``compiled`` makes one kernel of it instead
+    (the first call of each size takes a minute, later ones a third of the time).
     """
     height, width = size_hw
     rays = camera_rays(K, height, width) @ T_world_camera[:, :3, :3].transpose(1, 2)
     origin = T_world_camera[:, :3, 3]
     spread = 1 / K[:, 0, 0]
     frames = max(1, _TILE // (rays.shape[1] * world.center.shape[1]))
+    if compiled:
+        frames = len(rays)
+    render_tile = _compiled_tile() if compiled else _render_tile
     parts = [
-        _render_tile(_slice(world, i, i + frames), origin[i : i + frames], rays[i : i + frames],
+        render_tile(_slice(world, i, i + frames), origin[i : i + frames], rays[i : i + frames],
                      spread[i : i + frames], pool, shadows)
         for i in range(0, len(rays), frames)
     ]  # fmt: skip
@@ -70,6 +76,13 @@ def render(
         instance.view(-1, height, width),
         moves.view(-1, height, width),
     )
+
+
+@functools.cache
+def _compiled_tile():
+    # Without these limits the compiler writes every intermediate of all primitives to memory.
+    fuse = {'realize_opcount_threshold': 2000, 'realize_reads_threshold': 200}
+    return torch.compile(_render_tile, dynamic=False, options=fuse)
 
 
 def _slice(world: World, start: int, stop: int) -> World:

@@ -1,0 +1,1 @@
+"""Training: synthetic or recorded clips in, checkpoints out."""

@@ -1,0 +1,35 @@
+"""Entry to a training run; started by ``stream3r train`` or through the Accelerate launcher."""
+
+import argparse
+from pathlib import Path
+
+from stream3r_core.training.settings import TrainingConfig, load_recipe
+
+
+def main(config: TrainingConfig, output: str | Path, device: str = 'auto') -> None:
+    """Train in the folder ``output``; goes on where a run in this folder stopped."""
+    from accelerate import Accelerator
+
+    from stream3r_core.training.trainer import Trainer
+
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    accelerator = Accelerator(mixed_precision=config.precision, cpu=device == 'cpu')
+    trainer = Trainer(config, folder, accelerator)
+    resumed = trainer.resume()
+    print(f'training from step {trainer.step}' + (' (resumed)' if resumed else ''), flush=True)
+    trainer.run()
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description='Train a network from a recipe.')
+    parser.add_argument('recipe', help='YAML recipe, see config/training/')
+    parser.add_argument('--output', required=True, help='folder of checkpoints and logs')
+    parser.add_argument('--device', default='auto', choices=('auto', 'cpu'))
+    return parser.parse_args(arguments)
+
+
+if __name__ == '__main__':
+    options = parse()
+    main(load_recipe(options.recipe), options.output, options.device)

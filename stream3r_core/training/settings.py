@@ -1,0 +1,101 @@
+"""The configuration of a training run; recipes in ``config/training/*.yaml`` spell it out."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from stream3r_core.config import ModelConfig, from_dict, option
+from stream3r_core.errors import ConfigError, DataError
+from stream3r_core.training.dense_loss import DenseLossConfig
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One part of the curriculum: which synthetic clips, how many."""
+
+    steps: int = option(1000, 'steps of this stage', minimum=1)
+    batch: int = option(16, 'clips of a batch, on each process', minimum=1)
+    frames: tuple[int, ...] = option((3,), 'clip lengths; one is drawn per step, the batch shrinks with it')
+    size_hw: tuple[int, ...] = option((48, 64), 'image height and width, pixels')
+    fps: tuple[float, ...] = option((4.0, 4.0), 'frame rate between these two; lower means more motion')
+    room_half_m: tuple[float, ...] = option((1.5, 3.5), 'half the room width between these two, metres')
+    fov_deg: tuple[float, ...] = option((50.0, 85.0), 'horizontal field of view between these two')
+    moving: float = option(0.0, 'share of furniture that moves', minimum=0.0, maximum=1.0)
+    shadows: bool = option(False, 'cast shadows')
+    kinds: tuple[str, ...] = option(('hand_held',), 'ways to carry the camera; one is drawn per step')
+    windows: tuple[int, ...] = option((0,), 'attention windows, 0 = causal; one is drawn per step')
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Optimiser and schedule."""
+
+    name: str = option('adamw', 'optimiser', choices=('adamw', 'muon'))
+    lr: float = option(6e-4, 'peak learning rate', minimum=0.0)
+    min_lr: float = option(1e-6, 'learning rate at the end', minimum=0.0)
+    warmup_steps: int = option(100, 'steps of linear warm-up', minimum=0)
+    weight_decay: float = option(0.05, 'weight decay of matrices', minimum=0.0)
+    clip_norm: float = option(1.0, 'largest norm of the gradient', minimum=0.0)
+    accumulate: int = option(1, 'batches per step', minimum=1)
+    ema_decay: float = option(0.999, 'decay of the averaged weights', minimum=0.0, maximum=1.0)
+
+
+@dataclass(frozen=True)
+class FolderConfig:
+    """A folder of scenes in CUT3R layout."""
+
+    path: str = option('', 'the folder')
+    weight: float = option(1.0, 'share of batches drawn from it', minimum=0.0)
+    max_interval: int = option(20, 'largest step between two views', minimum=1)
+    video_prob: float = option(0.6, 'probability of views in temporal order', minimum=0.0, maximum=1.0)
+    fix_interval_prob: float = option(0.6, 'of those, with a constant step', minimum=0.0, maximum=1.0)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Everything a run needs; written into its checkpoints."""
+
+    preset: str = option('tiny', 'network preset')
+    model: ModelConfig | None = option(None, 'network sizes instead of those of the preset')
+    init: str = option('', "starting weights: file, folder or Hugging Face id; '' = from nothing")
+    loss: str = option('dense', 'objective', choices=('dense', 'stream3r', 'distill'))
+    teacher: str = option('', 'weights of the teacher of the distillation')
+    freeze: tuple[str, ...] = option((), 'prefixes of parameters that keep their values')
+    seed: int = option(0, 'seed of everything')
+    precision: str = option('bf16', 'autocast precision', choices=('no', 'bf16', 'fp16'))
+    checkpoint_blocks: bool = option(False, 'recompute the blocks in the backward pass to save memory')
+    compile_renderer: bool = option(False, 'compile the renderer; needs a C++ compiler on a CPU')
+    save_every: int = option(500, 'steps between checkpoints', minimum=1)
+    validate_every: int = option(500, 'steps between validations', minimum=1)
+    validation_scenes: int = option(20, 'held-out sequences', minimum=1)
+    validation_frames: int = option(30, 'frames of each', minimum=2)
+    stages: tuple[StageConfig, ...] = field(default_factory=lambda: (StageConfig(),))
+    synthetic_weight: float = option(1.0, 'share of batches drawn from synthetic rooms', minimum=0.0)
+    folders: tuple[FolderConfig, ...] = ()
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    dense: DenseLossConfig = field(default_factory=DenseLossConfig)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of all stages together."""
+        return sum(stage.steps for stage in self.stages)
+
+    def stage_at(self, step: int) -> StageConfig:
+        """Stage of ``step``; beyond the end the last one goes on."""
+        for stage in self.stages:
+            if step < stage.steps:
+                return stage
+            step -= stage.steps
+        return self.stages[-1]
+
+
+def load_recipe(path: str | Path) -> TrainingConfig:
+    """Read a YAML recipe."""
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f'training recipe {path} does not exist; see config/training/ for examples')
+    values = yaml.safe_load(path.read_text())
+    if not isinstance(values, dict):
+        raise ConfigError(f'{path}: expected a mapping of training options, got {values!r:.80}')
+    return from_dict(TrainingConfig, values)
