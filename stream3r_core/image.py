@@ -82,6 +82,14 @@ class ImageGeometry:
         scale, offset = self.scale_xy[1 - axis], self.offset_xy[1 - axis]
         return np.floor(scale * centres + offset).astype(np.int64)
 
+    def camera_area(self) -> tuple[slice, slice]:
+        """Rows and columns of the network image that show the camera image; the rest is padding."""
+        sizes = (round(n * s) for n, s in zip(self.camera_size_hw, self.scale_xy[::-1]))
+        return tuple(
+            slice(max(offset, 0), min(offset + size, side))
+            for offset, size, side in zip(self.offset_xy[::-1], sizes, self.network_size_hw)
+        )
+
     def identity(self) -> 'ImageGeometry':
         """Geometry of data that already is at the camera's resolution."""
         return ImageGeometry(self.camera_size_hw, self.camera_size_hw, (1.0, 1.0), (0, 0))

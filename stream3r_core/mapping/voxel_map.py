@@ -104,7 +104,10 @@ class VoxelMap:
 
         """
         points, depth, confidence = self._measured(prediction)
-        pixels = np.flatnonzero(reliable_pixels(depth, confidence, self.config))
+        reliable = reliable_pixels(depth, confidence, self.config)
+        in_image = np.zeros_like(reliable)
+        in_image[prediction.geometry.camera_area()] = True
+        pixels = np.flatnonzero(reliable & in_image)
         with self._lock:
             if not self._voxel_size and pixels.size:
                 median = float(np.median(depth.ravel()[pixels]))

@@ -262,3 +262,13 @@ def test_a_folder_without_photos_is_an_error(tmp_path):
         load_photos(tmp_path)
     with pytest.raises(DataError, match='not a folder'):
         list_photos(tmp_path / 'absent')
+
+
+@pytest.mark.parametrize('fit', ['crop', 'pad', 'eval'])
+@pytest.mark.parametrize('size', [(60, 100), (100, 60), (50, 200)])
+def test_camera_area_is_what_is_not_padding(fit, size):
+    black = np.zeros((*size, 3), np.uint8)
+    image, geometry = prepare(black, ImageConfig(fit=fit), ModelConfig(img_size=70, patch_size=14))
+    area = torch.zeros(image.shape[1:], dtype=torch.bool)
+    area[geometry.camera_area()] = True
+    assert torch.equal(area, (image == 0).all(0))
