@@ -66,13 +66,12 @@ def reconstruct_photos(model, images: Iterable, config: CoreConfig) -> Iterator[
 
 def load_configured_model(config: WeightsConfig):
     """Load the network that a configuration names, on the device and in the type it asks for."""
-    device = resolve_device(config.device)
     return load_model(
         config.preset,
         weights=config.weights or None,
         revision=config.revision or None,
-        device=device,
-        dtype=resolve_dtype(config.dtype, device),
+        device=resolve_device(config.device),
+        dtype=None if config.dtype == 'auto' else getattr(torch, config.dtype),
     )
 
 
@@ -84,7 +83,7 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(
-            f"model.device: {name!r} is no torch device; try 'cpu' or 'cuda'"
+            f"model.device: {name!r} is no torch device; use 'auto', 'cpu' or 'cuda'"
         ) from error
     if device.type == 'cuda' and not torch.cuda.is_available():
         raise ConfigError(
@@ -92,13 +91,3 @@ def resolve_device(name: str) -> torch.device:
             "CUDA device; use 'cpu' or install the CUDA build"
         )
     return device
-
-
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the precision for ``name``; ``'auto'``: float32 on the CPU, half on a GPU."""
-    if name != 'auto':
-        return getattr(torch, name)
-    if device.type != 'cuda':
-        return torch.float32
-    fast_bfloat16 = torch.cuda.get_device_capability(device)[0] >= 8
-    return torch.bfloat16 if fast_bfloat16 else torch.float16
