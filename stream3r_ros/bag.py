@@ -70,6 +70,11 @@ class BagReader:
     def __exit__(self, *_: object) -> None:
         self._reader.close()
 
+    @property
+    def is_ros1(self) -> bool:
+        """Tell whether this is a ROS 1 bag, whose frame names may begin with a slash."""
+        return self.path.suffix == '.bag'
+
     def topic(self, name: str, types: Collection[str] = ()) -> BagTopic:
         """Return the topic of that name, of one of ``types`` if given, or raise DataError."""
         found = self.topics.get(name) or self.topics.get('/' + name)
@@ -128,7 +133,10 @@ class BagReader:
         """Colour 0, grey 1, no camera image None; judged by the first message."""
         if topic.type not in (RAW_IMAGE, COMPRESSED_IMAGE) or not topic.num_messages:
             return None
-        message = self.deserialize(next(self.messages([topic.name])))
+        try:
+            message = self.deserialize(next(self.messages([topic.name])))
+        except InputError:  # damaged: it may be the camera all the same
+            return 0
         kind = message.encoding if topic.type == RAW_IMAGE else message.format
         if kind in DEPTH_ENCODINGS or 'compressedDepth' in kind:
             return None

@@ -13,7 +13,7 @@ from stream3r_core.evaluation.trajectory import Trajectory
 from stream3r_ros.bag import BagReader, BagTopic
 from stream3r_ros.conversions import stamp_ns
 
-TF = 'tf2_msgs/msg/TFMessage'
+TF_TYPES = ('tf2_msgs/msg/TFMessage', 'tf/msg/tfMessage')  # the second: old ROS 1 bags
 STATIC_TF_TOPIC = '/tf_static'
 POSE_TYPES = {
     'geometry_msgs/msg/PoseStamped': lambda m: m.pose,
@@ -21,7 +21,7 @@ POSE_TYPES = {
     'nav_msgs/msg/Odometry': lambda m: m.pose.pose,
     'geometry_msgs/msg/TransformStamped': lambda m: m.transform,
 }
-TRUTH_TYPES = (TF, *POSE_TYPES)
+TRUTH_TYPES = (*TF_TYPES, *POSE_TYPES)
 _SAYS_TRUTH = re.compile(r'ground_?truth|(^|[/_])gt([/_]|$)|mocap|vicon|optitrack', re.IGNORECASE)
 
 
@@ -41,7 +41,7 @@ def bag_truth(
     topic = bag.topic(topic_name, TRUTH_TYPES) if topic_name else _truth_topic(bag)
     if topic is None:
         return None
-    if topic.type == TF:
+    if topic.type in TF_TYPES:
         found = _tf_trajectory(bag, topic.name, camera_frame, stamps_ns)
     else:
         found = _pose_trajectory(bag, topic, camera_frame)
@@ -53,7 +53,7 @@ def bag_truth(
 def _truth_topic(bag: BagReader) -> BagTopic | None:
     topics = [t for t in sorted(bag.topics.values()) if t.num_messages]
     named = [t for t in topics if _SAYS_TRUTH.search(t.name)]
-    for kinds in ((TF,), POSE_TYPES):
+    for kinds in (TF_TYPES, POSE_TYPES):
         for topic in named:
             if topic.type in kinds:
                 return topic

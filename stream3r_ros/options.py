@@ -86,10 +86,13 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def output_folder(path: str | Path, names: Iterable[str], overwrite: bool) -> Path:
+def output_folder(
+    path: str | Path, names: Iterable[str], overwrite: bool, inputs: Iterable[str] = ()
+) -> Path:
     """Make the folder and clear the way for results of these names.
 
-    Raises :class:`OutputError` where results lie already and are not to be replaced.
+    Raises :class:`OutputError` where results lie already and are not to be replaced, or where
+    replacing them would remove one of ``inputs``.
     """
     folder = Path(path)
     existing = [folder / name for name in names if (folder / name).exists()]
@@ -97,6 +100,11 @@ def output_folder(path: str | Path, names: Iterable[str], overwrite: bool) -> Pa
         raise OutputError(
             f'{folder} holds {existing[0].name} already: choose another --output or --overwrite it'
         )
+    for used in map(Path, inputs):
+        if not {used.resolve(), *used.resolve().parents}.isdisjoint(p.resolve() for p in existing):
+            raise OutputError(
+                f'the results would replace the input {used}; choose another --output'
+            )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for old in existing:

@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
         truth = _named_truth(args.ground_truth, bag)
         model = load_configured_model(config.model)
         names = (TRAJECTORY, MAP, BAG, CONFIG, SUMMARY)
-        folder = output_folder(args.output, names, args.overwrite)
+        folder = output_folder(args.output, names, args.overwrite, args.input)
         write_options(folder / CONFIG, config)
         print(f'{source.name}: {source.num_frames} images; weights: {model.weights_info.source}')
         with _first_interrupt_ends_the_loop() as is_interrupted:
@@ -245,7 +245,10 @@ def _named_truth(name: str, bag: BagReader | None) -> Trajectory | None:
         return None
     if bag is None or Path(name).is_file():
         return read_trajectory(name)
-    bag.topic(name, TRUTH_TYPES)
+    try:
+        bag.topic(name, TRUTH_TYPES)
+    except DataError as error:
+        raise DataError(f'--ground-truth {name} is no file, and {error}') from error
     return None
 
 

@@ -13,7 +13,8 @@ from stream3r_core.evaluation.trajectory import TrajectoryError
 from stream3r_core.files import atomic_write
 
 GAP = 5.0  # median intervals between two images
-MAX_NAMED = 5  # refused images that are named one by one
+MAX_NAMED = 5  # refused images that are named on the console
+MAX_KEPT = 100  # and in the file
 
 
 @dataclass
@@ -25,7 +26,8 @@ class Report:
     say: Callable[[str], None] = print  # how to speak while the replay runs
     images_in: int = 0
     images_out: int = 0
-    refused: list[str] = field(default_factory=list)
+    num_refused: int = 0
+    refused: list[str] = field(default_factory=list)  # why, for the first ones
     map_points: int = 0
     seconds: float = 0.0
     camera_frame: str = ''
@@ -37,8 +39,10 @@ class Report:
 
     def refuse(self, error: InputError) -> None:
         """Count an image that cannot be used; name the first ones."""
-        self.refused.append(str(error))
-        if len(self.refused) <= MAX_NAMED:
+        self.num_refused += 1
+        if self.num_refused <= MAX_KEPT:
+            self.refused.append(str(error))
+        if self.num_refused <= MAX_NAMED:
             self.say(f'image {self.images_in - 1} is refused: {error}')
 
     def find_gaps(self, stamps_ns: np.ndarray) -> None:
@@ -61,6 +65,7 @@ class Report:
             'weights': asdict(self.weights),
             'images_in': self.images_in,
             'images_out': self.images_out,
+            'images_refused': self.num_refused,
             'refused': self.refused,
             'map_points': self.map_points,
             'seconds': self.seconds,
@@ -86,7 +91,7 @@ class Report:
     def __str__(self) -> str:
         ended = 'interrupted: ' if self.interrupted else ''
         frames = (
-            f'{ended}{self.images_in} images in, {self.images_out} out, {len(self.refused)} '
+            f'{ended}{self.images_in} images in, {self.images_out} out, {self.num_refused} '
             f'refused, {self.map_points} map points, {self.seconds:.1f} s'
         )
         accuracy = self.no_accuracy

@@ -74,7 +74,10 @@ class BagSource:
                     f'the image has {rgb.shape[1]} x {rgb.shape[0]}'
                 )
             K = camera_matrix(self._info)
-        return Frame(rgb, stamp_ns(message), message.header.frame_id, K)
+        frame_id = message.header.frame_id
+        return Frame(
+            rgb, stamp_ns(message), frame_id.lstrip('/') if self._bag.is_ros1 else frame_id, K
+        )
 
 
 class ImageFiles:

@@ -4,9 +4,12 @@ import json
 
 import cv2
 import numpy as np
+from rosbags.rosbag1 import Writer as Ros1Writer
+from rosbags.typesys import Stores, get_typestore
 
 from stream3r_ros.bag import BagReader, BagWriter
 from stream3r_ros.cli import main
+from stream3r_ros.conversions import stamp_ns
 from stream3r_ros.messages import rosbags_messages
 from stream3r_ros.qos import SENSOR_DATA
 
@@ -14,6 +17,7 @@ MESSAGES = rosbags_messages()
 START_NS = 1_700_000_000_123_456_789
 STEP_NS = 33_333_333
 CAMERA_FRAME = 'camera_optical'
+IMAGE_FIELDS = ('height', 'width', 'encoding', 'is_bigendian', 'step', 'data')
 SMALL = ('--set', 'model.weights=random', '--set', 'image.long_side=56')
 
 
@@ -52,6 +56,26 @@ def write_images(path, indices=range(6), topic='/camera/image_raw', extra=None):
             bag.write(topic, rgb(index), stamp(index), SENSOR_DATA)
             for name, make in (extra or {}).items():
                 bag.write(name, make(index), stamp(index))
+    return path
+
+
+def write_ros1(path, images, topic='/image'):
+    """Write image messages as a ROS 1 bag, whose frame names begin with a slash."""
+    noetic = get_typestore(Stores.ROS1_NOETIC)
+    header_class, image_class, time_class = (
+        noetic.types[name]
+        for name in ('std_msgs/msg/Header', 'sensor_msgs/msg/Image', 'builtin_interfaces/msg/Time')
+    )
+    with Ros1Writer(path) as bag:
+        connection = bag.add_connection(topic, image_class.__msgtype__, typestore=noetic)
+        for number, new in enumerate(images):
+            time = time_class(new.header.stamp.sec, new.header.stamp.nanosec)
+            old = image_class(
+                header=header_class(number, time, '/' + new.header.frame_id),
+                **{name: getattr(new, name) for name in IMAGE_FIELDS},
+            )
+            raw = noetic.serialize_ros1(old, image_class.__msgtype__)
+            bag.write(connection, stamp_ns(new), raw)
     return path
 
 

@@ -10,11 +10,13 @@ from recordings import (
     picture,
     recorded,
     replay,
+    rgb,
     stamp,
     true_pose,
     true_tf,
     write_images,
     write_photos,
+    write_ros1,
 )
 
 from stream3r_core.config import from_dict
@@ -198,6 +200,16 @@ def test_a_folder_of_images_is_a_stream_stamped_by_its_names_or_its_rate(tmp_pat
     frames, *_ = reconstruct([8 * k for k in range(len(names))])
     expected = [frame.T_map_camera for frame in frames]
     np.testing.assert_allclose(trajectory.T_world_camera, expected, atol=1e-6)
+
+
+def test_a_ros_1_bag_comes_out_in_frames_without_slash(tmp_path):
+    bag = write_ros1(tmp_path / 'old.bag', [rgb(index) for index in range(NUM)])
+    assert replay(tmp_path / 'out', bag)['images_out'] == NUM
+    (edge,) = recorded(tmp_path / 'out')['/tf'][0].transforms
+    assert edge.child_frame_id == CAMERA_FRAME
+    replay(tmp_path / 'new', write_images(tmp_path / 'bag'))
+    for file in ('trajectory.tum', 'map.ply'):
+        assert (tmp_path / 'out' / file).read_bytes() == (tmp_path / 'new' / file).read_bytes()
 
 
 def test_a_video_comes_out_frame_by_frame(tmp_path):

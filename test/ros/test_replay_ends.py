@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -169,6 +170,27 @@ def test_an_unwritable_output_says_so(tmp_path, capsys):
     (tmp_path / 'file').touch()
     line = fails(capsys, bag, '--output', tmp_path / 'file' / 'out', *SMALL)
     assert 'cannot write results into' in line
+
+
+def test_an_input_is_never_replaced_by_its_results(tmp_path, capsys):
+    bag = write_images(tmp_path / 'out' / 'bag')
+    said = fails(capsys, bag, '--output', tmp_path / 'out', '--overwrite', *SMALL)
+    assert 'results would replace the input' in said and (bag / 'metadata.yaml').exists()
+
+
+def test_a_full_disk_ends_the_replay_and_keeps_the_poses_so_far(tmp_path):
+    bag = write_images(tmp_path / 'bag', indices=range(60))
+
+    def limit_file_size():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2 << 20, 2 << 20))
+
+    command = [sys.executable, '-m', 'stream3r_ros', 'replay', bag, '--output', tmp_path / 'out']
+    run = subprocess.run(
+        [*command, *SMALL], cwd=ROOT, preexec_fn=limit_file_size, capture_output=True, text=True
+    )
+    assert run.returncode == 1 and 'Traceback' not in run.stderr
+    assert 'error: cannot write the bag' in run.stderr
+    assert 0 < len(read_trajectory(tmp_path / 'out' / 'trajectory.tum')) < 60
 
 
 def test_a_bag_without_a_usable_image_fails_and_says_why(tmp_path, capsys):
