@@ -248,11 +248,13 @@ def drift(
 ) -> Drift:
     """Drift per metre of travelled true path, over all segments of ``segment_m`` metres.
 
-    The default segment is 1 m, or ten median steps where the poses lie farther apart.
+    The default segment is 1 m, or ten median steps where the poses lie farther apart, but at most
+    half of the path.
     """
     truth, estimate = associate(truth, estimate, tolerance_ns)
     if segment_m is None:
-        segment_m = max(1.0, 10 * float(np.median(np.diff(truth.distance_m, prepend=0.0))))
+        step_m = float(np.median(np.diff(truth.distance_m, prepend=0.0)))
+        segment_m = min(max(1.0, 10 * step_m), truth.path_length_m / 2)
     translation, rotation = (
         rpe(truth, estimate, relation, alignment, segment_m, 'm', tolerance_ns)
         for relation in ('translation', 'rotation')

@@ -159,6 +159,11 @@ def test_drift_per_metre_of_a_path_that_is_stretched_by_a_tenth():
     assert result.segment_m == pytest.approx(10 * truth.path_length_m / (num - 1), rel=1e-3)
 
 
+def test_short_paths_are_cut_into_halves():
+    truth = random_walk(num=5)
+    assert drift(truth, truth, 'none').segment_m == pytest.approx(truth.path_length_m / 2)
+
+
 def test_relative_pose_auc_counts_the_share_of_pairs_below_each_degree():
     truth = random_walk(num=2)
     turned = truth.T_world_camera.copy()

@@ -1,0 +1,171 @@
+"""From collected results to metrics in a report: trajectory, depth, map, speed."""
+
+import numpy as np
+
+from stream3r_core.errors import DataError
+from stream3r_core.evaluation.config import EvaluationConfig
+from stream3r_core.evaluation.depth import UNITS, DepthAccumulator, DepthErrors
+from stream3r_core.evaluation.frame_log import FrameLog
+from stream3r_core.evaluation.reconstruction import ICP_VARIANTS, MapErrors, map_errors
+from stream3r_core.evaluation.report import Report
+from stream3r_core.evaluation.trajectory import (
+    Drift,
+    Trajectory,
+    TrajectoryError,
+    ate,
+    drift,
+    relative_pose_auc,
+    rpe,
+)
+from stream3r_core.mapping import MapCloud
+
+ALIGNMENT_NAMES = {'se3': 'SE(3)', 'sim3': 'Sim(3)'}
+
+
+def judge_trajectory(
+    report: Report,
+    truth: Trajectory | None,
+    estimate: Trajectory,
+    config: EvaluationConfig,
+    against: str = '',
+) -> dict[str, TrajectoryError]:
+    """Add ATE, RPE, drift and AUC; return the ATE by alignment, empty where skipped.
+
+    ``against`` names the truth where there are several.
+    """
+    names = {a: f'{name}, {against}' if against else name for a, name in ALIGNMENT_NAMES.items()}
+    tolerance_ns = round(config.association_ms * 1e6)
+    errors: dict[str, TrajectoryError] = {}
+    with report.skipping('trajectory'):
+        if truth is None:
+            raise DataError(
+                'no true trajectory was found; give one (TUM, KITTI or EuRoC file, or a topic)'
+            )
+        for alignment in ALIGNMENT_NAMES:
+            errors[alignment] = ate(truth, estimate, alignment, tolerance_ns)
+            _add_ate(report, errors[alignment], names[alignment])
+            for relation in ('translation', 'rotation'):
+                error = rpe(truth, estimate, relation, alignment, 1, 'frames', tolerance_ns)
+                name = f'RPE {relation} RMSE, 1 frame'
+                report.add('trajectory', name, error.rmse, error.unit, ALIGNMENT_NAMES[alignment])
+        auc = relative_pose_auc(truth, estimate, tolerance_ns=tolerance_ns)
+        for threshold, value in auc.items():
+            report.add('trajectory', f'relative pose AUC@{threshold}', value, '', against)
+    for alignment in errors:
+        with report.skipping('trajectory'):
+            segment_m = config.drift_segment_m or None
+            result = drift(truth, estimate, alignment, segment_m, tolerance_ns)
+            _add_drift(report, result, names[alignment])
+    return errors
+
+
+def _add_ate(report: Report, error: TrajectoryError, alignment: str) -> None:
+    for name in ('rmse', 'mean', 'median', 'max'):
+        label = f'ATE {name.upper() if name == "rmse" else name}'
+        report.add('trajectory', label, error.statistics[name], 'm', alignment)
+    report.add('trajectory', 'recovered scale', error.scale, '', alignment)
+    report.add('trajectory', 'associated poses', len(error.truth), 'poses', alignment)
+    report.add('trajectory', 'true path length', error.truth.path_length_m, 'm', alignment)
+
+
+def _add_drift(report: Report, result: Drift, alignment: str) -> None:
+    over = f'over {result.segment_m:.3g} m'
+    percent = 100 * result.translation_m_per_m
+    report.add('trajectory', f'drift {over}', percent, '%', alignment)
+    report.add('trajectory', f'turn {over}', result.rotation_deg_per_m, 'deg/m', alignment)
+
+
+def judge_depth(
+    report: Report, pixels: DepthAccumulator | None, config: EvaluationConfig
+) -> DepthErrors | None:
+    """Add the depth errors of all alignments; return those of the first, None where skipped."""
+    judged = []
+    with report.skipping('depth'):
+        if pixels is None:
+            raise DataError('no true depth was found; give a folder of depth maps or a topic')
+        for alignment in config.depth_alignments:
+            errors = pixels.errors(alignment, config.clip_depth_m or None)
+            judged.append(errors)
+            _add_depth(report, errors)
+        if pixels.stride > 1:
+            report.remarks.append(f'depth: every {pixels.stride}th valid pixel was judged')
+    return judged[0] if judged else None
+
+
+def _add_depth(report: Report, errors: DepthErrors) -> None:
+    names = {
+        'abs_rel': 'AbsRel',
+        'sq_rel_m': 'SqRel',
+        'rmse_m': 'RMSE',
+        'log_rmse': 'log RMSE',
+        'delta_1': 'δ < 1.25',
+        'delta_2': 'δ < 1.25²',
+        'delta_3': 'δ < 1.25³',
+        'scale': 'scale',
+        'shift_m': 'shift',
+        'valid_pixels': 'judged pixels',
+        'coverage': 'coverage',
+    }
+    for field, name in names.items():
+        unit = UNITS.get(field, '')
+        report.add('depth', name, getattr(errors, field), unit, errors.alignment)
+
+
+def judge_map(
+    report: Report,
+    predicted: MapCloud,
+    truth_xyz: np.ndarray | None,
+    alignment: TrajectoryError | None,
+    config: EvaluationConfig,
+) -> MapErrors | None:
+    """Add map metrics of the predicted map, brought to the truth by the trajectory's Sim(3)."""
+    with report.skipping('map'):
+        if alignment is None:
+            raise DataError('the map cannot be placed in the true frame without a trajectory')
+        if truth_xyz is None or not len(truth_xyz):
+            raise DataError('no true map: it needs frames with true depth, pose and intrinsics')
+        T = alignment.T_truth_estimate
+        placed = predicted.points_xyz.astype(np.float64) @ T[:3, :3].T + T[:3, 3]
+        result = map_errors(
+            placed,
+            truth_xyz.astype(np.float64),
+            config.icp,
+            config.icp_max_distance_m,
+            config.f_score_threshold_m,
+        )
+        _add_map(report, result)
+        return result
+    return None
+
+
+def _add_map(report: Report, result: MapErrors) -> None:
+    how = f'Sim(3) of the trajectory, then {ICP_VARIANTS[result.icp.variant]}'
+    for name, value in result.errors.summary.items():
+        unit = 'm' if name.endswith('_m') else ''
+        label = name.removesuffix('_m').replace('_', ' ')
+        if name == 'f_score':
+            label = f'F-score at {result.errors.threshold_m:g} m'
+        report.add('map', label, value, unit, how)
+    if result.icp.variant != 'none':
+        report.add('map', 'ICP fitness', result.icp.fitness, '', how)
+        report.add('map', 'ICP inlier RMSE', result.icp.inlier_rmse_m, 'm', how)
+        report.add('map', 'ICP time', result.icp.duration_s, 's', how)
+    if result.icp.voxel_m:
+        report.remarks.append(f'ICP ran on a voxel grid of {result.icp.voxel_m:.4g} m')
+
+
+def judge_speed(report: Report, log: FrameLog, config: EvaluationConfig) -> None:
+    """Add latency, rate and memory."""
+    if not len(log):
+        return
+    skip = config.warm_up_frames if len(log) > 10 else 0
+    latency = np.array(log.latency_ms[skip:])
+    for percentile in (50, 95):
+        report.add('speed', f'latency p{percentile}', np.percentile(latency, percentile), 'ms')
+    report.add('speed', 'rate', 1000 / latency.mean(), 'frames/s')
+    report.add('speed', 'cache, largest', max(log.cache_bytes) / 2**20, 'MiB')
+    report.add('speed', 'map points', log.map_points[-1], 'points')
+    for name, values in (('process', log.process_bytes), ('GPU', log.gpu_bytes)):
+        known = [value for value in values if value is not None]
+        if known:
+            report.add('speed', f'{name} memory, largest', max(known) / 2**20, 'MiB')

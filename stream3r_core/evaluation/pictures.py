@@ -1,0 +1,213 @@
+"""The pictures of a report, as PNG: matplotlib figures without any global state."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from stream3r_core.evaluation.depth import DepthErrors
+from stream3r_core.evaluation.frame_log import FrameLog
+from stream3r_core.evaluation.reconstruction import MapErrors
+from stream3r_core.evaluation.trajectory import TrajectoryError
+from stream3r_core.mapping import MapCloud
+
+MAX_DRAWN_POINTS = 150_000
+DPI = 110
+NAMES = {'se3': 'SE(3)', 'sim3': 'Sim(3)'}
+COLORS = {'se3': 'tab:blue', 'sim3': 'tab:orange'}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture with its caption."""
+
+    caption: str
+    png: bytes
+
+
+@dataclass(frozen=True)
+class Strip:
+    """One frame for the depth strips."""
+
+    name: str
+    image_rgb: np.ndarray  # [H, W, 3] uint8
+    truth_m: np.ndarray  # [h, w], 0 = invalid
+    prediction: np.ndarray  # [h, w], not aligned, NaN = unknown
+
+
+def _canvas(rows: int, columns: int, width: float, height: float, **options):
+    from matplotlib.figure import Figure as MatplotlibFigure
+
+    figure = MatplotlibFigure(figsize=(width, height), layout='constrained')
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def _finished(figure, caption: str) -> Figure:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format='png', dpi=DPI, metadata={'Software': None})
+    return Figure(caption, buffer.getvalue())
+
+
+def trajectory(ates: dict[str, TrajectoryError]) -> Figure:
+    """Estimates over the truth from above and from the side."""
+    figure, axes = _canvas(1, 2, 11, 5)
+    truth = next(iter(ates.values())).truth
+    top, side = views(truth.T_world_camera)
+    for axis, (first, second), title in zip(axes[0], (top, side), ('from above', 'from the side')):
+        paths = {'truth': (truth, 'black')}
+        paths |= {NAMES[a]: (e.estimate, COLORS[a]) for a, e in ates.items()}
+        for label, (path, color) in paths.items():
+            xyz = path.positions_m
+            axis.plot(xyz[:, first], xyz[:, second], color=color, label=label, linewidth=1.3)
+            axis.plot(xyz[0, first], xyz[0, second], 'o', color=color, markersize=4)
+        axis.set(title=title, xlabel=f'{"xyz"[first]} (m)', ylabel=f'{"xyz"[second]} (m)')
+        axis.set_aspect('equal', 'datalim')
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend()
+    return _finished(figure, f'Estimate over the truth ({truth.name}); the dot is the start.')
+
+
+def views(T_world_camera: np.ndarray) -> tuple[tuple[int, int], tuple[int, int]]:
+    """World axes (horizontal, vertical) of the pictures from above and from the side.
+
+    Up is the world axis that the cameras' own vertical is closest to on average.
+    """
+    up = int(np.abs(T_world_camera[:, :3, 1].mean(axis=0)).argmax())
+    flat = [axis for axis in range(3) if axis != up]
+    extent = np.ptp(T_world_camera[:, :3, 3], axis=0)
+    longest = max(flat, key=lambda axis: extent[axis])
+    return (flat[0], flat[1]), (longest, up)
+
+
+def error_over_time(ates: dict[str, TrajectoryError]) -> Figure:
+    """Distance to the truth of every pose."""
+    figure, axes = _canvas(1, 1, 11, 3)
+    for alignment, error in ates.items():
+        label = f'{NAMES[alignment]}, RMSE {error.rmse:.3g} m'
+        seconds = _seconds(error.truth.stamps_ns, len(error.errors))
+        axes[0, 0].plot(seconds, error.errors, label=label, color=COLORS[alignment])
+    unit = 's' if error.truth.stamps_ns is not None else 'frames'
+    axes[0, 0].set(xlabel=f'time ({unit})', ylabel='position error (m)', ylim=(0, None))
+    axes[0, 0].grid(alpha=0.3)
+    axes[0, 0].legend()
+    return _finished(figure, f'Absolute error along time, against {error.truth.name}.')
+
+
+def _seconds(stamps_ns: Sequence[int] | None, number: int) -> np.ndarray:
+    if stamps_ns is None:
+        return np.arange(number)
+    stamps = np.asarray(stamps_ns)
+    return (stamps - stamps[0]) * 1e-9
+
+
+def depth_strips(strips: list[Strip], errors: DepthErrors) -> Figure:
+    """Image, true depth, aligned prediction and relative error of some frames."""
+    figure, axes = _canvas(max(len(strips), 1), 4, 12, 2.5 * max(len(strips), 1))
+    for row, strip in zip(axes, strips):
+        truth = np.where(strip.truth_m > 0, strip.truth_m, np.nan)
+        aligned = strip.prediction * errors.scale + errors.shift_m
+        error = np.abs(aligned - truth) / truth
+        near, far = np.nanpercentile(truth, (2, 98)) if np.isfinite(truth).any() else (0, 1)
+        row[0].imshow(strip.image_rgb)
+        row[0].set_ylabel(strip.name, fontsize=7)
+        shown = [
+            row[1].imshow(truth, vmin=near, vmax=far, cmap='turbo'),
+            row[2].imshow(aligned, vmin=near, vmax=far, cmap='turbo'),
+            row[3].imshow(error, vmin=0, vmax=0.5, cmap='magma'),
+        ]
+        figure.colorbar(shown[1], ax=row[1:3].tolist(), shrink=0.8, label='m')
+        figure.colorbar(shown[2], ax=row[3], shrink=0.8)
+    for axis, title in zip(axes[0], ('image', 'true depth', 'prediction', '|error| / truth')):
+        axis.set_title(title, fontsize=9)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    return _finished(figure, f'Depth, alignment "{errors.alignment}" over the whole input.')
+
+
+def depth_over_time(stamps_ns: list[int], abs_rel: np.ndarray, errors: DepthErrors) -> Figure:
+    """Relative depth error of every frame under the common alignment."""
+    figure, axes = _canvas(1, 1, 11, 2.6)
+    axes[0, 0].plot(_seconds(stamps_ns, len(abs_rel)), abs_rel, color='tab:green')
+    axes[0, 0].set(xlabel='time (s)', ylabel='AbsRel', ylim=(0, None))
+    axes[0, 0].grid(alpha=0.3)
+    return _finished(
+        figure, f'Depth error along time, one "{errors.alignment}" alignment for all.'
+    )
+
+
+def map_errors(result: MapErrors) -> Figure:
+    """Predicted map coloured by accuracy and true map by completeness."""
+    figure, axes = _canvas(1, 2, 12, 5.2)
+    worst = 3 * result.errors.threshold_m
+    parts = (
+        (result.prediction, result.errors.accuracy_m, 'predicted map: accuracy'),
+        (result.truth, result.errors.completeness_m, 'true map: completeness'),
+    )
+    first, second, _ = np.argsort(-np.ptp(result.truth, axis=0))
+    low, high = np.percentile(result.truth, (0.5, 99.5), axis=0)
+    for axis, (points, errors, title) in zip(axes[0], parts):
+        drawn = slice(None, None, max(1, len(points) // MAX_DRAWN_POINTS))
+        dots = axis.scatter(
+            points[drawn, first],
+            points[drawn, second],
+            c=errors[drawn],
+            s=0.4,
+            vmin=0,
+            vmax=worst,
+            cmap='viridis_r',
+            linewidths=0,
+            rasterized=True,
+        )
+        margin = 0.15 * (high - low)
+        axis.set(
+            title=title,
+            xlabel=f'{"xyz"[first]} (m)',
+            ylabel=f'{"xyz"[second]} (m)',
+            xlim=(low[first] - margin[first], high[first] + margin[first]),
+            ylim=(low[second] - margin[second], high[second] + margin[second]),
+        )
+        axis.set_aspect('equal')
+    figure.colorbar(dots, ax=axes[0].tolist(), label='distance to the nearest point (m)')
+    return _finished(
+        figure, f'Map errors, seen along {"xyz"[np.argmin(np.ptp(result.truth, axis=0))]}.'
+    )
+
+
+def predicted_map(cloud: MapCloud) -> Figure:
+    """The predicted map in its own colours, from the first camera and from above."""
+    figure, axes = _canvas(1, 2, 11, 5)
+    drawn = slice(None, None, max(1, len(cloud) // MAX_DRAWN_POINTS))
+    points, colors = cloud.points_xyz[drawn], cloud.colors_rgb[drawn] / 255
+    low, high = np.percentile(points, (1, 99), axis=0)
+    for axis, (first, second), title in zip(
+        axes[0], ((0, 1), (0, 2)), ('from the first camera', 'from above')
+    ):
+        axis.scatter(points[:, first], points[:, second], c=colors, s=0.4, linewidths=0)
+        axis.set(
+            title=title,
+            xlabel=f'{"xyz"[first]} (map units)',
+            ylabel=f'{"xyz"[second]} (map units)',
+            xlim=(low[first], high[first]),
+            ylim=(low[second], high[second]),
+        )
+        axis.set_aspect('equal')
+    axes[0, 0].invert_yaxis()  # y points down in the first camera's frame
+    return _finished(figure, 'The predicted map in the frame of the first camera.')
+
+
+def speed(log: FrameLog) -> Figure:
+    """Latency and memory of every frame."""
+    figure, axes = _canvas(1, 2, 11, 3)
+    frames = np.arange(len(log))
+    axes[0, 0].plot(frames, log.latency_ms, linewidth=0.9)
+    axes[0, 0].set(xlabel='frame', ylabel='latency (ms)', ylim=(0, None))
+    memory = {'cache': log.cache_bytes, 'process': log.process_bytes, 'GPU': log.gpu_bytes}
+    for label, values in memory.items():
+        if None not in values:
+            axes[0, 1].plot(frames, np.array(values) / 2**20, label=label)
+    axes[0, 1].set(xlabel='frame', ylabel='memory (MiB)', yscale='symlog', ylim=(0, None))
+    axes[0, 1].legend()
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+    return _finished(figure, 'Latency and memory over frames.')

@@ -1,0 +1,204 @@
+"""Evaluate one input: run it through the pipeline, compare with its truth, write the results."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from stream3r_core.config import to_dict
+from stream3r_core.errors import DataError, InputError, OutputError
+from stream3r_core.evaluation import pictures
+from stream3r_core.evaluation.conditions import conditions
+from stream3r_core.evaluation.config import EvaluationConfig
+from stream3r_core.evaluation.datasets.frames import Clip, Frame
+from stream3r_core.evaluation.depth import DepthAccumulator, depth_at
+from stream3r_core.evaluation.frame_log import FrameLog
+from stream3r_core.evaluation.html import write_html
+from stream3r_core.evaluation.judge import (
+    judge_depth,
+    judge_map,
+    judge_speed,
+    judge_trajectory,
+)
+from stream3r_core.evaluation.report import Report
+from stream3r_core.evaluation.trajectory import Trajectory
+from stream3r_core.evaluation.trajectory_files import (
+    TumWriter,
+    read_trajectory,
+    write_kitti,
+    write_tum,
+)
+from stream3r_core.evaluation.truth_map import TruthMap
+from stream3r_core.files import atomic_write
+from stream3r_core.mapping import save_ply
+from stream3r_core.pipeline import Reconstructor
+from stream3r_core.types import FramePrediction
+
+TRAJECTORY, KITTI, TRUTH = 'trajectory.tum', 'trajectory.kitti', 'truth.tum'
+MAP, LOG, CONFIG = 'map.ply', 'frames.csv', 'config.yaml'
+REPORT_JSON, REPORT_HTML = 'report.json', 'report.html'
+FILES = (TRAJECTORY, KITTI, TRUTH, MAP, LOG, CONFIG, REPORT_JSON, REPORT_HTML)
+
+
+@dataclass
+class _Collected:
+    """What a run leaves behind, bounded but for a few numbers per frame."""
+
+    log: FrameLog
+    depth: DepthAccumulator | None
+    truth_map: TruthMap
+    strips: list[pictures.Strip]
+    depth_stamps_ns: list[int]
+
+
+def evaluate(
+    clip: Clip,
+    reconstructor: Reconstructor,
+    folder: str | Path,
+    config: EvaluationConfig | None = None,
+    is_interrupted: Callable[[], bool] = lambda: False,
+    more_truths: Sequence[Trajectory] = (),
+) -> Report:
+    """Run a clip through a pipeline and write report, trajectories, map and configuration.
+
+    ``clip.frames`` are taken one by one, once. The truth is only compared with, never an input:
+    of a frame, the network is given the image, and K if ``known_intrinsics`` says so. Frames that
+    cannot be used are named in the report. The folder is made if need be; files of an earlier run
+    in it are replaced. ``more_truths`` are compared with beside the clip's own.
+
+    Raises:
+        DataError: No frame could be used.
+        OutputError: The folder cannot be written.
+
+    """
+    config = config or EvaluationConfig()
+    folder = _make_folder(Path(folder))
+    report = Report(
+        clip.name,
+        conditions(reconstructor.session.model),
+        {**to_dict(reconstructor.config), 'evaluation': to_dict(config)},
+        remarks=list(clip.remarks),
+    )
+    _write_yaml(folder / CONFIG, report.config)
+    reconstructor.reset()
+    with TumWriter(folder / TRAJECTORY) as writer:
+        collected = _run(clip, reconstructor, config, report, writer, is_interrupted)
+    collected.log.write(folder / LOG)
+    if not report.num_frames:
+        reasons = f': {report.refused[0]}' if report.refused else ''
+        raise DataError(f'{clip.name}: none of the images could be used{reasons}')
+    estimate = _estimate(folder / TRAJECTORY)
+    write_kitti(folder / KITTI, estimate)
+    if clip.truth is not None and clip.truth.stamps_ns is not None:
+        write_tum(folder / TRUTH, clip.truth)
+    save_ply(reconstructor.map.points(), folder / MAP)
+    truths = [*([] if clip.truth is None else [clip.truth]), *more_truths]
+    figures = _judge(report, truths, estimate, reconstructor, collected, config)
+    report.write(folder / REPORT_JSON)
+    write_html(folder / REPORT_HTML, report, figures)
+    return report
+
+
+def _make_folder(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f'cannot write results into {folder}: {error}') from error
+    return folder
+
+
+def _write_yaml(path: Path, content: dict) -> None:
+    with atomic_write(path) as file:
+        file.write(yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode())
+
+
+def _estimate(path: Path) -> Trajectory:
+    trajectory = read_trajectory(path, 'tum')
+    return Trajectory(trajectory.stamps_ns, trajectory.T_world_camera, 'estimate')
+
+
+def _run(clip, reconstructor, config, report, writer, is_interrupted) -> _Collected:
+    collected = _Collected(
+        FrameLog(), None, TruthMap(config.truth_voxel_m, config.truth_points), [], []
+    )
+    strips_due = np.arange(config.depth_strips) * len(clip.frames) / (config.depth_strips or 1)
+    for index, frame, image, prediction in _predictions(
+        clip.frames, reconstructor, collected.log, report, config, is_interrupted
+    ):
+        report.num_frames += 1
+        writer.write(frame.stamp_ns, prediction.T_world_camera.double().numpy())
+        if frame.load_depth_m is None:
+            continue
+        try:
+            truth_m = frame.load_depth_m()
+        except DataError as error:
+            report.remarks.append(f'{frame.name}: no true depth: {error}')
+            continue
+        if collected.depth is None:
+            collected.depth = DepthAccumulator(config.max_depth_m or None, config.depth_pixels)
+        predicted = depth_at(prediction, truth_m.shape)
+        collected.depth.add(predicted, truth_m)
+        collected.depth_stamps_ns.append(frame.stamp_ns)
+        collected.truth_map.add(frame, image, truth_m)
+        if np.count_nonzero(strips_due <= index) > len(collected.strips):
+            collected.strips.append(pictures.Strip(frame.name, image, truth_m, predicted))
+    return collected
+
+
+def _predictions(
+    frames: Iterable[Frame],
+    reconstructor: Reconstructor,
+    log: FrameLog,
+    report: Report,
+    config: EvaluationConfig,
+    is_interrupted: Callable[[], bool],
+) -> Iterator[tuple[int, Frame, np.ndarray, FramePrediction]]:
+    """Process the frames in order; refuse and name those that cannot be used."""
+    for index, frame in enumerate(frames):
+        if is_interrupted():
+            report.interrupted = True
+            return
+        try:
+            image = frame.load_image()
+            started = time.perf_counter()
+            K = frame.K if config.known_intrinsics else None
+            prediction = reconstructor.process(image, frame.stamp_ns, K)
+        except (DataError, InputError) as error:
+            report.refused.append(f'{frame.name}: {error}')
+            continue
+        latency_ms = 1000 * (time.perf_counter() - started)
+        session = reconstructor.session
+        cache_bytes = session.cache.num_bytes + session.camera_cache.num_bytes
+        log.add(frame.stamp_ns, latency_ms, cache_bytes, reconstructor.map.num_points)
+        yield index, frame, image, prediction
+
+
+def _judge(report, truths, estimate, reconstructor, collected, config) -> list[pictures.Figure]:
+    """Fill the report and return its pictures."""
+    ates = []
+    for truth in truths or [None]:
+        against = truth.name if len(truths) > 1 else ''
+        ates.append(judge_trajectory(report, truth, estimate, config, against))
+    depth = judge_depth(report, collected.depth, config)
+    predicted, true_cloud = reconstructor.map.points(), collected.truth_map.cloud()
+    judged_map = judge_map(report, predicted, true_cloud.points_xyz, ates[0].get('sim3'), config)
+    judge_speed(report, collected.log, config)
+    if not config.pictures:
+        return []
+    figures = []
+    for errors in filter(None, ates):
+        figures += [pictures.trajectory(errors), pictures.error_over_time(errors)]
+    if depth is not None:
+        per_frame = collected.depth.abs_rel_per_frame(depth.scale, depth.shift_m)
+        figures.append(pictures.depth_strips(collected.strips, depth))
+        figures.append(pictures.depth_over_time(collected.depth_stamps_ns, per_frame, depth))
+    if judged_map is not None:
+        figures.append(pictures.map_errors(judged_map))
+    elif len(predicted):
+        figures.append(pictures.predicted_map(predicted))
+    return [*figures, pictures.speed(collected.log)]

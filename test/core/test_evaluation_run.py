@@ -1,0 +1,191 @@
+"""One evaluation from frames to report: known answers, what is skipped, what survives."""
+
+import dataclasses
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+import yaml
+from oracle import CONFIG, Oracle, room_clip
+
+from stream3r_core.errors import DataError, OutputError
+from stream3r_core.evaluation.config import EvaluationConfig
+from stream3r_core.evaluation.datasets.frames import Clip
+from stream3r_core.evaluation.report import read_report
+from stream3r_core.evaluation.run import FILES, evaluate
+from stream3r_core.evaluation.trajectory import Trajectory
+from stream3r_core.evaluation.trajectory_files import read_trajectory
+from stream3r_core.mapping import load_ply
+from stream3r_core.pipeline import Reconstructor, load_configured_model
+
+QUICK = EvaluationConfig(icp='none', pictures=False)
+WITH_PICTURES = EvaluationConfig(icp='none')
+
+
+@pytest.fixture(scope='module')
+def clip():
+    return room_clip()
+
+
+@pytest.fixture(scope='module')
+def results(clip, tmp_path_factory):
+    """Folder and report of an estimate that is the truth at 0.4 of its size."""
+    folder = tmp_path_factory.mktemp('oracle') / 'results'
+    return folder, evaluate(clip, Oracle(clip, scale=0.4), folder, WITH_PICTURES)
+
+
+def test_a_known_similarity_gives_the_known_answer(results):
+    _, report = results
+    assert report.value('ATE RMSE', 'Sim(3)') < 1e-5
+    assert report.value('recovered scale', 'Sim(3)') == pytest.approx(2.5, rel=1e-4)
+    assert report.value('recovered scale', 'SE(3)') == 1
+    assert report.value('ATE RMSE', 'SE(3)') > 0.01
+    assert report.value('relative pose AUC@3') == pytest.approx(1, abs=0.02)
+    for alignment in ('median', 'scale', 'lstsq'):
+        assert report.value('AbsRel', alignment) < 1e-4
+        assert report.value('scale', alignment) == pytest.approx(2.5, rel=1e-3)
+    assert report.value('AbsRel', 'metric') == pytest.approx(0.6, rel=1e-4)
+    assert report.value('coverage', 'median') == 1
+
+
+def test_every_promised_file_is_written_and_readable(results, clip):
+    folder, report = results
+    assert {p.name for p in folder.iterdir()} == set(FILES)
+    estimate = read_trajectory(folder / 'trajectory.tum')
+    assert estimate.stamps_ns.tolist() == [f.stamp_ns for f in clip.frames]
+    kitti = read_trajectory(folder / 'trajectory.kitti')
+    np.testing.assert_allclose(kitti.T_world_camera, estimate.T_world_camera, atol=1e-12)
+    truth = read_trajectory(folder / 'truth.tum')
+    np.testing.assert_allclose(truth.T_world_camera, clip.truth.T_world_camera, atol=1e-6)
+    assert len(load_ply(folder / 'map.ply')) == report.value('map points')
+    assert len((folder / 'frames.csv').read_text().splitlines()) == 1 + len(clip)
+    assert yaml.safe_load((folder / 'config.yaml').read_text())['evaluation']['icp'] == 'none'
+
+
+def test_the_report_reads_back_and_states_its_conditions(results):
+    folder, report = results
+    back = read_report(folder / 'report.json')
+    assert back.metrics == report.metrics and back.skipped == report.skipped
+    assert {'code', 'weights', 'device', 'dtype', 'versions', 'date'} <= set(back.conditions)
+    assert back.conditions['weights']['source'] == 'random'
+    assert all(m.unit or m.group != 'speed' for m in back.metrics)
+
+
+def test_the_page_is_self_contained(results):
+    page = (results[0] / 'report.html').read_text()
+    assert page.count('data:image/png;base64,') >= 5
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert 'http' not in re.sub(r'base64,[^"]*', '', page)
+
+
+def test_no_page_or_report_carries_markup_from_names(clip, tmp_path):
+    named = dataclasses.replace(clip.every(3), name='<script>alert(1)</script>')
+    evaluate(named, Oracle(clip), tmp_path, QUICK)
+    assert '<script>' not in (tmp_path / 'report.html').read_text()
+
+
+def test_map_metrics_recover_the_room(clip, tmp_path):
+    pytest.importorskip('open3d', reason="needs Open3D: pip install 'stream3r_ros[open3d]'")
+    report = evaluate(clip, Oracle(clip), tmp_path, EvaluationConfig(pictures=False))
+    how = next(m.alignment for m in report.metrics if m.group == 'map')
+    assert 'point-to-point' in how
+    assert report.value('accuracy mean', how) < 0.015  # voxels of 0.02 m
+    assert report.value('F-score at 0.05 m', how) > 0.99
+
+
+def test_without_open3d_the_rest_runs_and_the_map_is_skipped_with_a_remedy(
+    clip, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, 'open3d', None)
+    report = evaluate(clip, Oracle(clip), tmp_path, EvaluationConfig(pictures=False))
+    assert [s.group for s in report.skipped] == ['map']
+    assert 'pip install' in report.skipped[0].reason
+    assert 'pip install' in (tmp_path / 'report.html').read_text()
+    assert report.value('ATE RMSE', 'Sim(3)') < 1e-5
+    assert not any(m.group == 'map' for m in report.metrics)
+
+
+def test_an_input_without_truth_is_reported_with_what_is_missing(clip, tmp_path):
+    bare = [dataclasses.replace(f, T_world_camera=None, load_depth_m=None) for f in clip.frames]
+    report = evaluate(Clip('bare', tuple(bare)), Oracle(clip), tmp_path)
+    assert [s.group for s in report.skipped] == ['trajectory', 'depth', 'map']
+    assert {m.group for m in report.metrics} == {'speed'}
+
+
+def test_two_truths_are_judged_side_by_side(clip, tmp_path):
+    shifted = clip.truth.T_world_camera.copy()
+    shifted[::2, :3, 3] += 0.05
+    other = Trajectory(clip.truth.stamps_ns, shifted, 'other truth')
+    report = evaluate(clip, Oracle(clip), tmp_path, QUICK, more_truths=[other])
+    assert report.value('ATE RMSE', 'Sim(3), truth of room') < 1e-5
+    assert report.value('ATE RMSE', 'Sim(3), other truth') > 0.01
+
+
+def test_frames_that_cannot_be_used_are_named_and_the_rest_counts(clip, tmp_path):
+    def broken():
+        raise DataError('the file is cut short')
+
+    frames = list(clip.frames)
+    frames[2] = dataclasses.replace(frames[2], load_image=broken)
+    frames[4] = dataclasses.replace(frames[4], load_depth_m=broken)
+    damaged = dataclasses.replace(clip, frames=tuple(frames))
+    model = load_configured_model(CONFIG.model)
+    report = evaluate(damaged, Reconstructor(model, CONFIG), tmp_path, QUICK)
+    assert report.num_frames == len(clip) - 1
+    assert report.refused == ['frame 2: the file is cut short']
+    assert any('frame 4: no true depth' in remark for remark in report.remarks)
+    assert len(read_trajectory(tmp_path / 'trajectory.tum')) == len(clip) - 1
+
+
+def test_a_real_network_gets_the_image_only(clip, tmp_path):
+    """Ground truth never enters a result: wrong truth changes the metrics, not the estimate."""
+    model = load_configured_model(CONFIG.model)
+    lies = tuple(
+        dataclasses.replace(f, T_world_camera=np.eye(4), K=np.eye(3), load_depth_m=None)
+        for f in clip.frames
+    )
+    evaluate(clip, Reconstructor(model, CONFIG), tmp_path / 'a', QUICK)
+    evaluate(Clip('lies', lies), Reconstructor(model, CONFIG), tmp_path / 'b', QUICK)
+    for name in ('trajectory.tum', 'map.ply'):
+        assert (tmp_path / 'a' / name).read_bytes() == (tmp_path / 'b' / name).read_bytes()
+
+
+def test_known_intrinsics_are_used_when_asked_for(clip, tmp_path):
+    model = load_configured_model(CONFIG.model)
+    maps = []
+    for known in (False, True):
+        config = dataclasses.replace(QUICK, known_intrinsics=known)
+        evaluate(clip.every(4), Reconstructor(model, CONFIG), tmp_path, config)
+        maps.append((tmp_path / 'map.ply').read_bytes())
+    assert maps[0] != maps[1]
+
+
+def test_an_interrupted_run_reports_what_it_has(clip, tmp_path):
+    count = iter(range(100))
+    report = evaluate(clip, Oracle(clip), tmp_path, QUICK, lambda: next(count) >= 5)
+    assert report.interrupted and report.num_frames == 5
+    assert json.loads((tmp_path / 'report.json').read_text())['interrupted'] is True
+    assert 'interrupted' in (tmp_path / 'report.html').read_text()
+
+
+def test_nothing_usable_and_no_place_to_write_are_refused(clip, tmp_path):
+    def broken():
+        raise DataError('no image')
+
+    frames = tuple(dataclasses.replace(f, load_image=broken) for f in clip.frames)
+    with pytest.raises(DataError, match='none of the images'):
+        evaluate(Clip('broken', frames), Oracle(clip), tmp_path / 'a')
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(OutputError, match='cannot write'):
+        evaluate(clip, Oracle(clip), tmp_path / 'file')
+
+
+@pytest.mark.parametrize('text', ['', '[]', '{"format": 99}', '{"format": 1, "name": "a"}'])
+def test_a_foreign_report_is_refused(tmp_path, text):
+    (tmp_path / 'report.json').write_text(text)
+    with pytest.raises(DataError, match='report'):
+        read_report(tmp_path / 'report.json')
+    with pytest.raises(DataError, match='cannot read'):
+        read_report(tmp_path / 'none.json')
