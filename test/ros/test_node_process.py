@@ -32,6 +32,16 @@ def test_a_signal_ends_the_node_after_images(live, number):
     assert_clean(live, *end(live.process, number))
 
 
+def test_ctrl_c_under_ros2_launch_sends_the_signal_twice(live):
+    live.start(**{'image.long_side': 672})
+    live.connect_camera()
+    before = live.figure('images_received')
+    live.camera.publish(live.image(0))
+    live.wait_until(lambda: live.figure('images_received') > before)
+    live.process.send_signal(signal.SIGINT)
+    assert_clean(live, *end(live.process, signal.SIGINT))
+
+
 @pytest.mark.parametrize('number', SIGNALS)
 def test_a_signal_ends_the_node_in_the_middle_of_a_frame(live, number):
     live.start(**{'image.long_side': 672})  # seconds per frame

@@ -1,0 +1,342 @@
+"""The ROS 2 node: images in; TF, pose, depth, path and map out, live.
+
+The node is wiring. Executor callbacks only put things into mailboxes; one thread owns network,
+session and map, and a second one builds and writes what is large.
+"""
+
+import time
+import traceback
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future, wait
+from functools import partial
+from typing import Any, NamedTuple
+
+import rclpy.task
+import torch
+from diagnostic_msgs.msg import DiagnosticArray
+from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
+from rclpy.clock import Clock, ClockType
+from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
+from rclpy.qos_overriding_options import QoSOverridingOptions
+from sensor_msgs.msg import CameraInfo, CompressedImage, Image
+from std_srvs.srv import Trigger
+
+from stream3r_core.errors import ConfigError, InputError, Stream3rError
+from stream3r_core.pipeline import load_configured_model
+from stream3r_ros.config import NodeConfig
+from stream3r_ros.diagnostics import (
+    FrameStatistics,
+    NodeStatus,
+    ReconstructionFigures,
+    diagnostic_array,
+)
+from stream3r_ros.live import LiveReconstruction
+from stream3r_ros.logging_bridge import forward_logging, stop_forwarding
+from stream3r_ros.parameters import NodeParameters
+from stream3r_ros.publishers import Publishers
+from stream3r_ros.qos import SENSOR_DATA
+from stream3r_ros.recorder import save_snapshot
+from stream3r_ros.tf import check_frames
+from stream3r_ros.worker import Worker
+
+WARNING_PERIOD_S = 5.0
+CLEANUP_TIMEOUT_S = 30.0
+
+
+class Incoming(NamedTuple):
+    """An image on its way to the inference thread."""
+
+    message: Image | CompressedImage
+    arrival: float  # see FrameStatistics.received
+
+
+class ContextEnded(BaseException):
+    """The ROS context went down while a transition waited.
+
+    No Exception, so that rclpy does not take it for a failed transition.
+    """
+
+
+class Stream3rNode(LifecycleNode):
+    """Reconstructs what one camera sees.
+
+    Managed: configure loads the weights, activate lets images in, deactivate shuts them out and
+    keeps session and map, cleanup frees both. :attr:`ended` becomes done, with an exit code, when
+    the node wants its process to end. Raises :class:`ConfigError` for unusable parameters.
+    """
+
+    def __init__(self, **node_options: Any):
+        super().__init__(
+            'stream3r', automatically_declare_parameters_from_overrides=True, **node_options
+        )
+        self._options = NodeParameters(self)
+        check_frames(self.config)
+        self.ended = rclpy.task.Future()
+        self._state = 'unconfigured'
+        self._statistics = FrameStatistics(self.config.status.latency_window)
+        self._refused: Counter[str] = Counter()
+        self._last_rejection: tuple[float, str] = (-WARNING_PERIOD_S, '')
+        self._results = Publishers(self, self.config)
+        self._inference: Worker[Incoming] | None = None
+        self._live: LiveReconstruction | None = None
+        self._background: Worker[Callable[[], None]] = Worker(
+            lambda publish: publish(), self._on_map_lost, self._on_map_lost, 'background'
+        )
+        self._background.start()
+        self._log_handler = forward_logging(self)
+        self._subscribe()
+        self._serve()
+        self._start_timers()
+        self._options.check_qos_overrides()
+
+    @property
+    def config(self) -> NodeConfig:
+        """The configuration as of now; live parameters change it."""
+        return self._options.config
+
+    def warn_of_unused(self, parameter_files: list[str]) -> None:
+        """Warn of files that are for other nodes: rcl passes over them in silence."""
+        if parameter_files and not self._options.is_given_any:
+            name = self.get_fully_qualified_name()
+            self.get_logger().warning(f'{parameter_files[-1]}: nothing in it is for {name}')
+
+    # -- wiring -------------------------------------------------------------------------------
+
+    def _subscribe(self) -> None:
+        self._image_topic = self.resolve_topic_name('image')
+        kind = Image
+        if self.config.image_transport == 'compressed':
+            kind = CompressedImage
+            if not self._image_topic.endswith('/compressed'):
+                self._image_topic += '/compressed'  # where image_transport publishes it
+        for topic, message_type, callback in (
+            (self._image_topic, kind, self._on_image),
+            ('camera_info', CameraInfo, self._on_camera_info),
+        ):
+            self.create_subscription(
+                message_type,
+                topic,
+                callback,
+                SENSOR_DATA.for_rclpy(),
+                qos_overriding_options=QoSOverridingOptions.with_default_policies(),
+            )
+
+    def _serve(self) -> None:
+        self._service_group = MutuallyExclusiveCallbackGroup()  # images go on while one waits
+        self._add_service('~/reset', self._reset)
+        self._add_service('~/save_map', self._save_map)
+
+    def _start_timers(self) -> None:
+        wall = Clock(clock_type=ClockType.STEADY_TIME)  # also while simulated time stands still
+        self._diagnostics = self.create_publisher(DiagnosticArray, '/diagnostics', 10)
+        status = self.config.status
+        self.create_timer(status.period_s, self._publish_diagnostics, clock=wall)
+        self.create_timer(status.log_period_s, self._log_status, clock=wall)
+        self.create_timer(self.config.outputs.map.period_s, self._request_map, clock=wall)
+
+    # -- lifecycle ----------------------------------------------------------------------------
+
+    def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Load the weights on the inference thread; a known error leaves the node unconfigured."""
+        self._inference = Worker(self._process, self._on_rejected, self._on_failure)
+        self._inference.start()
+        try:
+            self._live = self._wait_for(self._inference.submit(self._load))
+        except Exception as error:
+            self._inference.stop(0)
+            self._inference = None
+            self.get_logger().fatal(_describe(error))
+            known = isinstance(error, Stream3rError)
+            return TransitionCallbackReturn.FAILURE if known else TransitionCallbackReturn.ERROR
+        self._state = 'inactive'
+        return super().on_configure(state)
+
+    def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Let images in."""
+        self._state = 'active'
+        self.get_logger().info(f'waiting for images on {self._image_topic}')
+        return super().on_activate(state)
+
+    def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Shut images out; session and map stay."""
+        self._state = 'inactive'
+        self._inference.discard_waiting()
+        return super().on_deactivate(state)
+
+    def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Free network, session and map."""
+        if not self._inference.stop(CLEANUP_TIMEOUT_S):
+            self.get_logger().error(f'the inference thread is busy for {CLEANUP_TIMEOUT_S:.0f} s')
+            return TransitionCallbackReturn.ERROR
+        self._inference = self._live = None
+        self._results.reset()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        self._state = 'unconfigured'
+        return super().on_cleanup(state)
+
+    def start(self) -> bool:
+        """Configure and activate; return whether the node is active."""
+        success = TransitionCallbackReturn.SUCCESS
+        return self.trigger_configure() == success and self.trigger_activate() == success
+
+    def close(self, timeout_s: float) -> bool:
+        """Stop both threads; return whether they ended within ``timeout_s``."""
+        self._state = 'finalized'
+        end = time.monotonic() + timeout_s
+        workers = [w for w in (self._background, self._inference) if w is not None]
+        stopped = [w.stop(max(0.0, end - time.monotonic())) for w in workers]
+        stop_forwarding(self._log_handler)
+        return all(stopped)
+
+    def _load(self) -> LiveReconstruction:
+        options, start = self.config.model, time.monotonic()
+        self.get_logger().info(f'loading {options.preset!r}, weights {options.weights!r}')
+        model = load_configured_model(options)
+        took_s = time.monotonic() - start
+        self.get_logger().info(f'loaded in {took_s:.1f} s: {model.weights_info}')
+        return LiveReconstruction(model, self.config, self._results)
+
+    def _wait_for(self, future: Future) -> Any:
+        """Return a worker's result; raises :class:`ContextEnded`."""
+        while not wait([future], timeout=0.1).done:
+            if not self.context.ok():
+                raise ContextEnded
+        return future.result()
+
+    # -- images -------------------------------------------------------------------------------
+
+    def _on_image(self, message: Image | CompressedImage) -> None:
+        arrival = self._statistics.received()
+        if self._state == 'active':
+            self._inference.offer(Incoming(message, arrival))
+        else:
+            self._refused['inactive'] += 1
+
+    def _on_camera_info(self, message: CameraInfo) -> None:
+        if self._live is not None:
+            self._live.camera_info = message
+
+    def _process(self, incoming: Incoming) -> None:
+        self._live.process(incoming.message, self.config)
+        self._statistics.processed(incoming.arrival)
+
+    def _on_rejected(self, error: InputError) -> None:
+        self._last_rejection = time.monotonic(), str(error)
+        if self.context.ok():
+            self.get_logger().warning(
+                f'image rejected: {error}', throttle_duration_sec=WARNING_PERIOD_S
+            )
+
+    def _on_failure(self, error: Exception) -> None:
+        if not self.context.ok():
+            return  # publishing fails when the context goes down under a frame: not an error
+        self.get_logger().error(_describe(error))
+        if self.config.on_failure == 'exit':
+            self.ended.set_result(1)
+        else:
+            self.get_logger().error(f'images are dropped until {self._name_of("reset")} is called')
+
+    # -- map ----------------------------------------------------------------------------------
+
+    def _request_map(self) -> None:
+        if self._live is not None and self.config.outputs.map.enabled:
+            self._background.offer(self._live.publish_map)
+
+    def _on_map_lost(self, error: Exception) -> None:
+        self._background.clear_failure()
+        if self.context.ok():
+            self.get_logger().error(f'a map message was lost: {_describe(error)}')
+
+    # -- services -----------------------------------------------------------------------------
+
+    def _add_service(self, name: str, action: Callable[[], Awaitable[str]]) -> None:
+        async def answer(_: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+            try:
+                response.message = await action()
+                response.success = True
+            except Exception as error:  # the caller gets the reason; the node lives on
+                response.message = str(error)
+                if not isinstance(error, Stream3rError):
+                    self.get_logger().error(_describe(error))
+            return response
+
+        self.create_service(Trigger, name, answer, callback_group=self._service_group)
+
+    async def _reset(self) -> str:
+        worker, live = self._configured()
+        worker.discard_waiting()
+        await self._finished(worker.submit(live.restart))
+        worker.clear_failure()
+        return 'the next image starts a new session with an empty map'
+
+    async def _save_map(self) -> str:
+        worker, live = self._configured()
+        directory = self.config.save_map.directory
+        if not directory:
+            raise ConfigError(
+                'nothing was saved: set the parameter save_map.directory to a folder'
+            )
+        snapshot = await self._finished(worker.submit(live.snapshot))
+        write = partial(save_snapshot, snapshot, directory)
+        paths = await self._finished(self._background.submit(write))
+        return '\n'.join(map(str, paths))
+
+    def _configured(self) -> tuple[Worker, LiveReconstruction]:
+        if self._live is None:
+            raise Stream3rError('the node is not configured: no weights are loaded')
+        return self._inference, self._live
+
+    async def _finished(self, future: Future) -> Any:
+        """Return a worker's result without holding the executor."""
+        executor, done = self.executor, rclpy.task.Future()
+        future.add_done_callback(lambda _: executor.create_task(done.set_result, None))
+        await done
+        return future.result()
+
+    # -- status -------------------------------------------------------------------------------
+
+    def status(self) -> NodeStatus:
+        """Return all figures as of now."""
+        worker, live = self._inference, self._live
+        failed = worker is not None and worker.failure is not None
+        frames = self._statistics.figures()
+        return NodeStatus(
+            state='failed' if failed else self._state,
+            frames=frames,
+            drops=self._refused + Counter(worker.drops if worker else {}),
+            reconstruction=live.figures if live else ReconstructionFigures(),
+            has_camera_info=live is not None and live.camera_info is not None,
+            problem=self._problem(frames.rate_in_hz),
+        )
+
+    def _problem(self, rate_in_hz: float) -> str:
+        if self._inference is not None and self._inference.failure is not None:
+            error = self._inference.failure
+            return f'{type(error).__name__}: {error}; call {self._name_of("reset")}'
+        rejected_at, reason = self._last_rejection
+        if time.monotonic() - rejected_at < WARNING_PERIOD_S:
+            return f'rejecting images: {reason}'
+        if self._state == 'active' and not rate_in_hz:
+            publishers = self.count_publishers(self._image_topic)
+            return f'no images on {self._image_topic} ({publishers} publishers)'
+        return ''
+
+    def _publish_diagnostics(self) -> None:
+        stamp = self.get_clock().now().to_msg()
+        name = self.get_fully_qualified_name()
+        self._diagnostics.publish(diagnostic_array(self.status(), name, self._image_topic, stamp))
+
+    def _log_status(self) -> None:
+        self.get_logger().info(self.status().sentence())
+
+    def _name_of(self, service: str) -> str:
+        return f'{self.get_fully_qualified_name()}/{service}'
+
+
+def _describe(error: BaseException) -> str:
+    """One line for an error that the user can mend, the traceback for any other."""
+    if isinstance(error, Stream3rError):
+        return str(error)
+    return ''.join(traceback.format_exception(error)).rstrip()
