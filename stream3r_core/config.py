@@ -185,7 +185,11 @@ class ImageConfig:
 class SessionConfig:
     """How the stream is attended to."""
 
-    mode: str = option('window', 'attention over the past', choices=('causal', 'window', 'full'))
+    mode: str = option(
+        'window',
+        'attention over the past',
+        choices=('causal', 'window', 'full', 'stac', 'stac_paper'),
+    )
     window: int = option(5, 'recent frames kept beside the anchor frame (mode window)', minimum=1)
     window_rule: str = option(
         'published',

@@ -24,6 +24,7 @@ class Reconstructor:
             **dataclasses.asdict(config.session),
             image=config.image,
             outputs=needed_outputs(config),
+            cache=config.cache_paper if config.session.mode == 'stac_paper' else config.cache,
         )
         self.map = VoxelMap(config.mapping)
 

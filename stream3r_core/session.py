@@ -1,19 +1,29 @@
 """Streaming: one frame in, one prediction out, memory as large as the cache says."""
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from stream3r_core.cache.base import KVCache
-from stream3r_core.cache.dense import DenseCache
-from stream3r_core.cache.shared import SharedIterationsCache
-from stream3r_core.cache.window import WindowCache
-from stream3r_core.config import ImageConfig, ModelConfig, SessionConfig, from_dict
+from stream3r_core.cache.policies import make_caches, resolve_cache_config
+from stream3r_core.config import CacheConfig, ImageConfig, SessionConfig, from_dict
 from stream3r_core.errors import ConfigError, InputError
 from stream3r_core.geometry import decode_pose, invert_se3
 from stream3r_core.image import ImageGeometry, prepare
+from stream3r_core.stillness import StillnessGate
 from stream3r_core.types import FramePrediction
 
 ALL_OUTPUTS = ('depth', 'points')
+
+
+class _Waiting(NamedTuple):
+    """A prepared image that waits for its chunk to fill."""
+
+    frame: Tensor  # [3, H, W]
+    geometry: ImageGeometry
+    stamp_ns: int | None
+    K: Tensor | None  # pixels of the camera image
 
 
 class StreamSession:
@@ -25,6 +35,9 @@ class StreamSession:
     as the batch pass with window + 1; with ``'exact'`` it equals the batch pass with ``window``
     (model.md 9.2). ``camera_cache='shared'`` gives the published StreamVGGT streaming poses
     (model.md 9.3). ``outputs`` names the dense heads to run: ``'depth'``, ``'points'``.
+
+    ``mode='stac'`` and ``'stac_paper'`` hold a bounded spatial memory; ``cache`` has its sizes.
+    With ``cache.chunk_size`` n > 1, n frames are processed together and see each other.
 
     The session keeps no history: what a caller does not store is gone.
     """
@@ -39,6 +52,7 @@ class StreamSession:
         max_frames: int = 0,
         image: ImageConfig | None = None,
         outputs: tuple[str, ...] = ALL_OUTPUTS,
+        cache: CacheConfig | None = None,
     ):
         self.config = from_dict(
             SessionConfig,
@@ -54,57 +68,144 @@ class StreamSession:
         if mode == 'full':
             raise ConfigError(
                 "mode 'full' lets every frame see every other and cannot stream; "
-                "use 'causal' or 'window', or model(images, mode='full') for a set of photos"
+                "use another mode, or model(images, mode='full') for a set of photos"
             )
         self.model = model
         self.image_config = image or ImageConfig()
-        self.outputs = outputs
-        self.cache, self.camera_cache = make_caches(model.config, self.config)
+        self.cache_config = resolve_cache_config(mode, cache)
+        self.cache, self.camera_cache = make_caches(model, self.config, self.cache_config)
+        self.outputs = (*outputs, 'points') if self.cache.needs_points else outputs
         self.num_frames = 0
+        self._waiting: list[_Waiting] = []
         self._size_hw: tuple[int, int] | None = None
+        self._gate: StillnessGate | None = None
+        if self.cache_config is not None and self.cache_config.skip_still:
+            self._gate = StillnessGate(self.cache_config, model.config.patch_size)
+
+    @property
+    def chunk_size(self) -> int:
+        """Frames that are processed together; 1 in all modes without chunks."""
+        return 1 if self.cache_config is None else self.cache_config.chunk_size
 
     def reset(self) -> None:
         """Start a new stream: the next frame becomes the anchor. Allocated memory is kept."""
         self.cache.reset()
         self.camera_cache.reset()
         self.num_frames = 0
+        self._waiting = []
         self._size_hw = None
+        if self._gate is not None:
+            self._gate.reset()
 
-    def step(self, image, stamp_ns: int | None = None, K: Tensor | None = None) -> FramePrediction:
+    def step(
+        self, image, stamp_ns: int | None = None, K: Tensor | None = None
+    ) -> FramePrediction | list[FramePrediction] | None:
         """Process one camera image of any size.
 
         ``image``: uint8, or float in [0, 1]; [H, W, 3] RGB (array or tensor; see
         :func:`stream3r_core.image.prepare` for what else is taken). ``K`` [3, 3], pixels of
         ``image``: known intrinsics, used instead of the predicted field of view.
+        With a chunk size n > 1 the image waits until its chunk is full: the answer is None, or the
+        list of all n predictions. :meth:`flush` ends a chunk early.
         Raises :class:`InputError` for an unusable image; the stream goes on with the next one.
         """
         frame, geometry = prepare(image, self.image_config, self.model.config)
-        raw = self.step_tensor(frame)
-        return to_prediction(raw, frame, geometry, self.num_frames - 1, stamp_ns, K)
+        self._check_frame(frame)
+        self._waiting.append(_Waiting(frame, geometry, stamp_ns, K))
+        if len(self._waiting) < self.chunk_size:
+            return None
+        predictions = self.flush()
+        return predictions[0] if self.chunk_size == 1 else predictions
 
-    @torch.inference_mode()
+    def step_chunk(
+        self,
+        images: Sequence,
+        stamps_ns: Sequence[int] | None = None,
+        Ks: Sequence[Tensor] | None = None,
+    ) -> list[FramePrediction]:
+        """Process up to ``chunk_size`` camera images together, at once; see :meth:`step`."""
+        if self._waiting or not 1 <= len(images) <= self.chunk_size:
+            raise InputError(
+                f'a chunk takes 1 to {self.chunk_size} images, got {len(images)}, with '
+                f'{len(self._waiting)} waiting from step (flush them first)'
+            )
+        for i, image in enumerate(images):
+            frame, geometry = prepare(image, self.image_config, self.model.config)
+            self._check_frame(frame)
+            stamp_ns, K = (None if x is None else x[i] for x in (stamps_ns, Ks))
+            self._waiting.append(_Waiting(frame, geometry, stamp_ns, K))
+        return self.flush()
+
+    def flush(self) -> list[FramePrediction]:
+        """Process the images that wait for their chunk to fill; none: an empty list."""
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
+            return []
+        raw, still = self._process(torch.stack([w.frame for w in waiting]))
+        first = self.num_frames - len(waiting)
+        return [
+            to_prediction(
+                {name: value[i] for name, value in raw.items()},
+                w.frame, w.geometry, first + i, w.stamp_ns, w.K, still[i],
+            )
+            for i, w in enumerate(waiting)
+        ]  # fmt: skip
+
     def step_tensor(self, image: Tensor) -> dict[str, Tensor]:
         """Process one float image [3, H, W] in [0, 1] at network size; return its raw outputs.
 
         Names and units as in the batch pass, without batch and frame axes: ``pose_enc`` [9],
         ``depth`` [H, W, 1], ``depth_conf`` [H, W], ``world_points`` [H, W, 3],
-        ``world_points_conf`` [H, W].
+        ``world_points_conf`` [H, W]. Never waits for a chunk to fill.
         """
         self._check_frame(image)
-        images = image.to(self.model.device, non_blocking=True)[None, None]
+        raw, _ = self._process(image[None])
+        return {name: value[0] for name, value in raw.items()}
+
+    @torch.inference_mode()
+    def _process(self, frames: Tensor) -> tuple[dict[str, Tensor], list[bool]]:
+        """Run frames [n, 3, H, W] through network and caches; say which were still."""
+        images = frames.to(self.model.device, non_blocking=True)[None]
         try:
+            self.cache.begin(len(frames))
+            self.camera_cache.begin(len(frames))
             raw = self.model.stream(
                 images, self.cache, self.camera_cache, self.num_frames == 0, self.outputs
             )
+            raw = {name: value[0] for name, value in raw.items()}
+            still = self._find_still(frames, raw)
         except BaseException:  # out of memory, interrupt: the stream stays usable
             self.cache.rollback()
             self.camera_cache.rollback()
             raise
-        self.cache.commit(1)
-        self.camera_cache.commit(1)
-        self._size_hw = tuple(image.shape[-2:])
-        self.num_frames += 1
-        return {name: value[0, 0] for name, value in raw.items()}
+        self._commit(raw, still)
+        self._size_hw = tuple(frames.shape[-2:])
+        self.num_frames += len(frames)
+        return raw, still
+
+    def _find_still(self, frames: Tensor, raw: dict[str, Tensor]) -> list[bool]:
+        if self._gate is None:
+            return [False] * len(frames)
+        still = []
+        for i, frame in enumerate(frames):
+            view = self._gate.look(frame)
+            T_camera_world, _ = decode_pose(raw['pose_enc'][i], *frames.shape[-2:])
+            T_world_camera = invert_se3(T_camera_world)
+            depth = raw['world_points'][i, ..., 2] if 'depth' not in raw else raw['depth'][i]
+            still.append(self._gate.is_still(view, T_world_camera, depth))
+            if not still[i]:
+                self._gate.keep(view, T_world_camera)
+        return still
+
+    def _commit(self, raw: dict[str, Tensor], still: list[bool]) -> None:
+        points, conf = raw.get('world_points'), raw.get('world_points_conf')
+        if self.cache_config is None:
+            self.cache.commit(len(still))
+            self.camera_cache.commit(len(still))
+            return
+        keep = [not s for s in still]
+        self.cache.commit(len(still), points, conf, keep=keep)
+        self.camera_cache.commit(len(still), keep=keep)
 
     def _check_frame(self, image: Tensor) -> None:
         patch = self.model.config.patch_size
@@ -132,6 +233,7 @@ def to_prediction(
     index: int,
     stamp_ns: int | None = None,
     K_camera: Tensor | None = None,
+    still: bool = False,
 ) -> FramePrediction:
     """Turn the raw outputs of one frame [3, H, W] into a prediction (model.md 14)."""
     height, width = frame.shape[-2:]
@@ -149,20 +251,5 @@ def to_prediction(
         world_points=raw.get('world_points'),
         world_points_conf=raw.get('world_points_conf'),
         geometry=geometry,
+        still=still,
     )
-
-
-def make_caches(model: ModelConfig, session: SessionConfig) -> tuple[KVCache, KVCache]:
-    """Return the aggregator's and the camera head's cache for the configured policy."""
-    iterations, trunk = model.camera_iterations, model.camera_trunk_depth
-    aggregator = _policy(session, model.depth)
-    if session.camera_cache == 'per_iteration':
-        return aggregator, _policy(session, iterations * trunk)
-    return aggregator, SharedIterationsCache(_policy(session, trunk, iterations), trunk)
-
-
-def _policy(session: SessionConfig, num_layers: int, updates_per_frame: int = 1) -> KVCache:
-    if session.mode == 'causal':
-        return DenseCache(num_layers, session.max_frames, updates_per_frame)
-    past_frames = session.window - (session.window_rule == 'exact')
-    return WindowCache(num_layers, past_frames, updates_per_frame)

@@ -27,6 +27,7 @@ class FramePrediction:
     world_points: Tensor | None  # [H, W, 3] float32, world frame, scene units; None: not computed
     world_points_conf: Tensor | None  # [H, W] float32, >= 1
     geometry: ImageGeometry  # camera pixels <-> network pixels
+    still: bool = False  # no parallax since an earlier frame: left out of cache and map
 
     def to(self, device) -> 'FramePrediction':
         """Return the prediction with every tensor on ``device``."""

@@ -24,15 +24,27 @@ class KVCache(ABC):
 
     #: The network must hand the attention column sums of each layer to :meth:`record`.
     needs_column_sums: bool = False
+    #: Fraction of the queries that the column sums are measured with.
+    query_fraction: float = 1.0
+    #: The network must hand the new queries of each layer to :meth:`record`.
+    needs_queries: bool = False
     #: The network must hand world points of the new tokens to :meth:`commit`.
     needs_points: bool = False
+
+    def begin(self, num_frames: int) -> None:  # noqa: B027 - optional hook
+        """Announce a step of ``num_frames`` new frames, before the network runs."""
 
     @abstractmethod
     def update(self, layer: int, k: Tensor, v: Tensor) -> Attended:
         """Append ``k``, ``v`` [1, heads, n, head_dim] of new tokens and return what they see."""
 
-    def record(self, layer: int, column_sums: Tensor) -> None:  # noqa: B027 - optional hook
-        """Take the column sums [1, heads, N] of the attention over the last :meth:`update`."""
+    def record(  # noqa: B027 - optional hook
+        self, layer: int, column_sums: Tensor | None = None, q: Tensor | None = None
+    ) -> None:
+        """Take what the policy asked for of the attention over the last :meth:`update`.
+
+        ``column_sums`` [1, heads, N] and the queries ``q`` [1, heads, n, head_dim].
+        """
 
     @abstractmethod
     def commit(

@@ -17,15 +17,17 @@ class SharedIterationsCache(KVCache):
         self.inner = inner
         self.trunk_depth = trunk_depth
 
+    def begin(self, num_frames: int) -> None:
+        """Announce a step."""
+        self.inner.begin(num_frames)
+
     def update(self, layer: int, k: Tensor, v: Tensor) -> Attended:
         """Append to the list that all passes of this trunk layer share."""
         return self.inner.update(layer % self.trunk_depth, k, v)
 
-    def commit(
-        self, num_frames: int, points: Tensor | None = None, conf: Tensor | None = None
-    ) -> None:
+    def commit(self, num_frames: int, *args, **kwargs) -> None:
         """End the step."""
-        self.inner.commit(num_frames, points, conf)
+        self.inner.commit(num_frames, *args, **kwargs)
 
     def rollback(self) -> None:
         """Drop the open frame."""

@@ -56,3 +56,10 @@ def add_by_slot(value: Tensor, slots: Tensor, amounts: Tensor) -> None:
     index = slots.flatten().where(slots.flatten() >= 0, len(value))
     total.scatter_add_(0, index, fixed)
     value += total[:-1] / FIXED_POINT
+
+
+def observe(value: Tensor, slots: Tensor, sureness: Tensor) -> None:
+    """Credit the voxels that tokens of a frame saw with the best of their relative confidences."""
+    best = torch.zeros(len(value) + 1, device=value.device)
+    best.scatter_reduce_(0, slots.where(slots >= 0, len(value)), sureness, 'amax')
+    value += best[:-1]

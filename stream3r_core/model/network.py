@@ -202,8 +202,10 @@ class CachedAttention:
         seen = self.cache.update(self.layer, k, v)
         if not self.cache.needs_column_sums:
             return attention.attend(q, *seen)
-        attended, column_sums = attention.attend_with_column_sums(q, *seen)
-        self.cache.record(self.layer, column_sums)
+        attended, column_sums = attention.attend_with_column_sums(
+            q, *seen, query_fraction=self.cache.query_fraction
+        )
+        self.cache.record(self.layer, column_sums, q if self.cache.needs_queries else None)
         return attended
 
 

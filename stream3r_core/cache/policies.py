@@ -1,0 +1,68 @@
+"""Which caches a session mode means."""
+
+import dataclasses
+
+from stream3r_core.cache.base import KVCache
+from stream3r_core.cache.camera import CameraCache
+from stream3r_core.cache.dense import DenseCache
+from stream3r_core.cache.shared import SharedIterationsCache
+from stream3r_core.cache.stac import StacCache
+from stream3r_core.cache.window import WindowCache
+from stream3r_core.config import CacheConfig, PublishedCacheConfig, SessionConfig, from_dict
+from stream3r_core.errors import ConfigError
+
+SPATIAL_MODES = {'stac': CacheConfig, 'stac_paper': PublishedCacheConfig}
+
+
+def resolve_cache_config(mode: str, cache: CacheConfig | None) -> CacheConfig | None:
+    """Return the checked configuration of the spatial memory, None for modes without one."""
+    if mode not in SPATIAL_MODES:
+        return None
+    cache = cache or SPATIAL_MODES[mode]()
+    if not isinstance(cache, SPATIAL_MODES[mode]):
+        raise ConfigError(
+            f'mode {mode!r} takes a {SPATIAL_MODES[mode].__name__}, got {type(cache).__name__}'
+        )
+    return from_dict(type(cache), dataclasses.asdict(cache), 'cache')
+
+
+def make_caches(
+    model, session: SessionConfig, cache: CacheConfig | None
+) -> tuple[KVCache, KVCache]:
+    """Return the aggregator's and the camera head's cache for a network and a mode."""
+    sizes = model.config
+    iterations, trunk = sizes.camera_iterations, sizes.camera_trunk_depth
+    shared = session.camera_cache == 'shared'
+    layers, updates = (trunk, iterations) if shared else (iterations * trunk, 1)
+    if cache is None:
+        aggregator = _whole_frames(session, sizes.depth)
+        camera = _whole_frames(session, layers, updates)
+    else:
+        camera = _camera_cache(model, cache, layers, updates)
+        aggregator = StacCache(
+            sizes.depth, sizes.num_heads, sizes.head_dim, sizes.num_special_tokens, cache,
+            camera.capacity_bytes,
+        )  # fmt: skip
+    return aggregator, SharedIterationsCache(camera, trunk) if shared else camera
+
+
+def _whole_frames(session: SessionConfig, num_layers: int, updates_per_frame: int = 1) -> KVCache:
+    if session.mode == 'causal':
+        return DenseCache(num_layers, session.max_frames, updates_per_frame)
+    past_frames = session.window - (session.window_rule == 'exact')
+    return WindowCache(num_layers, past_frames, updates_per_frame)
+
+
+def _camera_cache(model, cache: CacheConfig, layers: int, updates_per_frame: int) -> CameraCache:
+    heads = model.config.camera_heads
+    return CameraCache(
+        layers,
+        heads,
+        2 * model.config.embed_dim // heads,
+        window=None if cache.camera_memory == 'all' else cache.camera_window,
+        pinned_frames=cache.pinned_frames,
+        num_anchors=cache.camera_anchors if cache.camera_memory == 'anchors' else 0,
+        chunk_size=cache.chunk_size,
+        updates_per_frame=updates_per_frame,
+        device=model.device,
+    )

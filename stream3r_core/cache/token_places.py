@@ -1,0 +1,78 @@
+"""Where in the scene the tokens of a frame are, and how large a voxel is."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stream3r_core.cache.voxel_table import NOWHERE, cell_of, pack
+from stream3r_core.config import CacheConfig
+
+
+def token_points(
+    points: Tensor,  # [n, H, W, 3] world points of new frames, scene units
+    conf: Tensor,  # [n, H, W] their confidence, >= 1
+    frame_tokens: int,  # T
+    num_special: int,  # tokens in front of the patch tokens
+    config: CacheConfig,
+) -> tuple[Tensor, Tensor]:
+    """Return a point [n, T, 3] and a confidence [n, T] per token; NaN and 0 without a place.
+
+    A patch is where its middle is (bilinear, as published: the mean of four pixels). Special
+    tokens are nowhere, and so are points that are too uncertain, or not finite.
+    """
+    height, width = conf.shape[1:]
+    stacked = torch.cat((points.permute(0, 3, 1, 2), conf[:, None]), 1).float()
+    patch = math.isqrt(height * width // (frame_tokens - num_special))
+    grid = height // patch, width // patch
+    small = F.interpolate(stacked, size=grid, mode='bilinear', align_corners=False)
+    small = small.flatten(2).transpose(1, 2)  # [n, h w, 4]
+    place, sure = small[..., :3], small[..., 3]
+    valid = (sure > config.min_confidence) & place.isfinite().all(-1) & sure.isfinite()
+    if config.guard_points:
+        usual = sure.masked_fill(~valid, torch.nan)
+        valid &= sure >= usual.nanquantile(config.confidence_quantile, dim=1, keepdim=True)
+    place = place.masked_fill(~valid[..., None], torch.nan)
+    return F.pad(place, (0, 0, num_special, 0), value=torch.nan), F.pad(
+        sure.masked_fill(~valid, 0.0), (num_special, 0)
+    )
+
+
+class VoxelSize:
+    """The voxel edge in scene units, a scalar on the device.
+
+    With ``voxel_fraction`` it follows the median distance along the optical axis of the first
+    camera over the frames seen, until :meth:`freeze`: from then on voxels have names.
+    """
+
+    def __init__(self, config: CacheConfig, device: torch.device):
+        self.fraction = config.voxel_fraction
+        self.edge = torch.full((), config.voxel_size, device=device)
+        self._depths = torch.zeros((), device=device)
+        self._num_frames = 0
+        self._frozen = not self.fraction
+
+    def observe(self, places: Tensor) -> None:
+        """Take the places [n, T, 3] of the tokens of new frames, world = first camera."""
+        if self._frozen:
+            return
+        median = places[..., 2].flatten(1).nanmedian(1).values.abs().nan_to_num(1.0)
+        self._depths += median.sum()
+        self._num_frames += len(places)
+        self.edge.copy_(self.fraction * self._depths / self._num_frames).clamp_min_(1e-9)
+
+    def freeze(self) -> None:
+        """Fix the edge: tokens are about to be stored under it."""
+        self._frozen = True
+
+    def keys(self, places: Tensor) -> Tensor:
+        """Return the voxel keys [...] of places [..., 3]; NOWHERE where NaN."""
+        keys = pack(cell_of(places, self.edge))
+        return keys.masked_fill(places.isnan().any(-1), NOWHERE)
+
+    def reset(self) -> None:
+        """Forget the scene."""
+        self._depths.zero_()
+        self._num_frames = 0
+        self._frozen = not self.fraction
