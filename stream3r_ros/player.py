@@ -56,7 +56,7 @@ class BagProgramme:
     """
 
     def __init__(self, bag: BagReader, names: Sequence[str] = ()):
-        if bag.path.suffix == '.bag':
+        if bag.is_ros1:
             raise DataError(
                 f'{bag.path} is a ROS 1 bag, whose messages cannot be sent to ROS 2 as they are: '
                 'convert it with `rosbags-convert`, or use `stream3r replay`'

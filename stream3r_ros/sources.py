@@ -17,6 +17,7 @@ from stream3r_ros.conversions import camera_matrix, image_from_message, stamp_ns
 
 FILES_FRAME = 'camera_optical_frame'  # of inputs that name no frame
 DEFAULT_RATE_HZ = 30.0
+FIRST_STAMP_NS = 10**9  # of frames without stamps; in ROS a stamp of 0 means that there is none
 CAMERA_INFO = 'sensor_msgs/msg/CameraInfo'
 _log = logging.getLogger(__name__)
 _STAMPED_NAMES = re.compile(r'(?P<seconds>\d{9,10}\.\d+)|(?P<nanoseconds>\d{18,19})')
@@ -84,7 +85,7 @@ class ImageFiles:
     """Image files in their order.
 
     File names that are seconds with decimals (TUM) or nanoseconds (EuRoC) are the stamps;
-    otherwise frame n is stamped n / ``rate_hz``.
+    otherwise frame n is stamped 1 s + n / ``rate_hz``.
     """
 
     def __init__(self, paths: Sequence[Path], rate_hz: float = DEFAULT_RATE_HZ):
@@ -93,7 +94,7 @@ class ImageFiles:
         self.name = str(self._paths[0].parent)
         stamps = [_stamp_in_name(path) for path in self._paths]
         if None in stamps:
-            stamps = [round(index * 1e9 / rate_hz) for index in range(self.num_frames)]
+            stamps = [_made_up_stamp(index, rate_hz) for index in range(self.num_frames)]
         self._stamps_ns = stamps
 
     def __iter__(self) -> Iterator[Callable[[], Frame]]:
@@ -109,7 +110,7 @@ class ImageFiles:
 
 
 class VideoFile:
-    """The frames of a video; frame n is stamped n / frame rate."""
+    """The frames of a video; frame n is stamped 1 s + n / frame rate."""
 
     def __init__(self, path: Path):
         self.name = str(path)
@@ -125,7 +126,7 @@ class VideoFile:
         index = 0
         while (decoded := video.read())[0]:
             rgb = cv2.cvtColor(decoded[1], cv2.COLOR_BGR2RGB)
-            frame = Frame(rgb, round(index * 1e9 / self._rate_hz), FILES_FRAME)
+            frame = Frame(rgb, _made_up_stamp(index, self._rate_hz), FILES_FRAME)
             yield lambda frame=frame: frame
             index += 1
         if index < self.num_frames:  # no error: some containers state an estimate
@@ -178,6 +179,10 @@ def _first_camera_info(bag: BagReader, name: str, image_topic: str):
     if message is None:
         raise DataError(f'{bag.path}: no message on {topic.name}')
     return bag.deserialize(message)
+
+
+def _made_up_stamp(index: int, rate_hz: float) -> int:
+    return FIRST_STAMP_NS + round(index * 1e9 / rate_hz)
 
 
 def _stamp_in_name(path: Path) -> int | None:
