@@ -76,6 +76,7 @@ class CausalVGGT(nn.Module):
         window: int = 5,
         query_points: Tensor | None = None,
         outputs: Collection[str] = OUTPUTS,
+        global_attention: Callable[[int], AttentionFn] | None = None,
     ) -> dict[str, Tensor]:
         """Process all frames of ``images`` [B, S, 3, H, W] or [S, 3, H, W] in one pass.
 
@@ -84,6 +85,7 @@ class CausalVGGT(nn.Module):
         ``query_points`` [B, Q, 2], pixels (x, y) of frame 0, adds ``track`` [B, S, Q, 2], ``vis``
         and ``track_conf`` [B, S, Q] in 0..1. ``pose_enc_list`` holds the answer of every iteration
         of the camera head, for training. Left out of ``outputs``: dense maps not wanted.
+        ``global_attention(layer)`` takes the place of the rule of ``mode`` in the global blocks.
         """
         images = self._checked(images)
         queries = self._checked_queries(query_points, len(images))
@@ -93,7 +95,7 @@ class CausalVGGT(nn.Module):
         bias = frame_bias(S, recent, images.device)
         taps, poses, result = self._predict(
             images,
-            lambda layer: frames,
+            global_attention or (lambda layer: frames),
             lambda layer: partial(attention.attend, bias=bias),
             starts_sequence=True,
             outputs=outputs,

@@ -1,36 +1,88 @@
-"""Batches as a pure function of (seed, step, process): a resumed run sees the same data."""
+"""Batches as a pure function of (seed, draw, process): a resumed run sees the same data."""
 
 import random
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
 from stream3r_core.errors import ConfigError
 from stream3r_core.synthetic import DRONE, HAND_HELD, WHEELED, ClipConfig, sample_clips
 from stream3r_core.training.batch import Batch
+from stream3r_core.training.folders import SceneFolder
 from stream3r_core.training.settings import StageConfig, TrainingConfig
 
 MOTIONS = {'hand_held': HAND_HELD, 'wheeled': WHEELED, 'drone': DRONE}
 TRAINING_TEXTURES = 0
 HELD_OUT_TEXTURES = 7
+HELD_OUT_FPS = 10.0
 _HELD_OUT_SEED = 1 << 40
+_HELD_OUT_BATCH = 4
 
 
-def step_seed(seed: int, step: int, process: int = 0) -> int:
+class DataMixture:
+    """Synthetic rooms and folders, mixed by weight; held-out sequences are rendered once."""
+
+    def __init__(self, config: TrainingConfig, process: int = 0, device: str | torch.device = 'cpu'):
+        self.config, self.process, self.device = config, process, device
+        self.folders = [SceneFolder(f) for f in config.folders if f.weight > 0]
+        self.weights = [config.synthetic_weight, *(f.weight for f in config.folders if f.weight > 0)]
+        if not sum(self.weights) > 0:
+            raise ConfigError('no training data: synthetic_weight and all folder weights are 0')
+        self._held_out: tuple[StageConfig, list[Batch]] | None = None
+
+    @torch.no_grad()
+    def batch(self, step: int, draw: int) -> Batch:
+        """Return the batch number ``draw``, in the stage of ``step``."""
+        stage, config = self.config.stage_at(step), self.config
+        # All processes draw the same source and clip length: their steps take equally long.
+        rng = random.Random(step_seed(config.seed, draw))
+        source = rng.choices([None, *self.folders], self.weights)[0]
+        frames = rng.choice(stage.frames)
+        count = max(1, stage.batch * min(stage.frames) // frames)
+        seed = step_seed(config.seed, draw, self.process)
+        if source is not None:
+            return source.batch(count, frames, tuple(stage.size_hw), seed).to(self.device)
+        clip = clip_config(stage, frames, random.Random(seed), config.compile_renderer)
+        return rendered(count, clip, seed, self.device)
+
+    def held_out(self, step: int) -> list[Batch]:
+        """Return the validation sequences at the image size of ``step``."""
+        stage = self.config.stage_at(step)
+        if self._held_out is None or self._held_out[0] != stage:
+            self._held_out = (stage, list(held_out_batches(self.config, stage, self.device)))
+        return self._held_out[1]
+
+
+def step_seed(seed: int, draw: int, process: int = 0) -> int:
     """Mix into one seed below 2**40: held-out seeds lie above."""
-    return (seed * 0x9E3779B1 + step * 0x85EBCA77 + process * 0xC2B2AE3D + 12345) % _HELD_OUT_SEED
+    return (seed * 0x9E3779B1 + draw * 0x85EBCA77 + process * 0xC2B2AE3D + 12345) % _HELD_OUT_SEED
 
 
-def synthetic_batch(
-    stage: StageConfig, seed: int, step: int, process: int = 0, device='cpu', compiled: bool = False
-) -> Batch:
-    """Draw the batch of one step from ``stage``."""
-    mixed = step_seed(seed, step, process)
-    rng = random.Random(mixed)
-    frames = rng.choice(stage.frames)
+@dataclass(frozen=True)
+class Visibility:
+    """What frames see of each other in one step."""
+
+    mode: str = 'causal'  # or 'window'
+    window: int = 1
+    keep: float = 1.0  # share of the tokens of past frames, mode causal only
+    seed: int = 0  # which tokens
+
+    @classmethod
+    def draw(cls, stage: StageConfig, seed: int, draw: int) -> 'Visibility':
+        """Draw it for a step, the same on every process."""
+        mixed = step_seed(seed, draw) ^ 0x5A5A5A
+        rng = random.Random(mixed)
+        window, keep = rng.choice(stage.windows), rng.choice(stage.keep)
+        return cls('window', window) if window else cls('causal', 1, keep, mixed)
+
+
+def clip_config(stage: StageConfig, frames: int, rng: random.Random, compiled: bool) -> ClipConfig:
+    """Draw what is common to the clips of one batch."""
     kind = rng.choice(stage.kinds)
     if kind not in MOTIONS:
         raise ConfigError(f'unknown way to carry a camera {kind!r}; known: {", ".join(MOTIONS)}')
-    config = ClipConfig(
+    return ClipConfig(
         height=stage.size_hw[0],
         width=stage.size_hw[1],
         frames=frames,
@@ -43,43 +95,27 @@ def synthetic_batch(
         compiled=compiled,
         texture_seed=TRAINING_TEXTURES,
     )
-    batch = max(1, stage.batch * min(stage.frames) // frames)
-    clips = sample_clips(batch, config, mixed, device)
+
+
+def rendered(count: int, clip: ClipConfig, seed: int, device: str | torch.device) -> Batch:
+    """Render ``count`` clips."""
+    clips = sample_clips(count, clip, seed, device)
     return Batch(clips.images, clips.depth_m, clips.T_world_camera, clips.K)
 
 
-def attention_of(stage: StageConfig, seed: int, step: int) -> tuple[str, int]:
-    """Draw mode and window of one step, the same on every process."""
-    window = random.Random(step_seed(seed, step) ^ 0x5A5A5A).choice(stage.windows)
-    return ('window', window) if window else ('causal', 1)
-
-
-def held_out_batches(config: TrainingConfig, stage: StageConfig, fps: float = 10.0, batch: int = 4):
+def held_out_batches(
+    config: TrainingConfig, stage: StageConfig, device: str | torch.device = 'cpu'
+) -> Iterator[Batch]:
     """Yield the fixed validation sequences: rooms and textures never trained on."""
-    done = 0
-    while done < config.validation_scenes:
-        count = min(batch, config.validation_scenes - done)
-        clip = ClipConfig(
-            height=stage.size_hw[0],
-            width=stage.size_hw[1],
-            frames=config.validation_frames,
-            fps=fps,
-            fov_deg=tuple(stage.fov_deg),
-            room_half_m=tuple(stage.room_half_m),
-            texture_seed=HELD_OUT_TEXTURES,
-        )
-        clips = sample_clips(count, clip, _HELD_OUT_SEED + done)
-        yield Batch(clips.images, clips.depth_m, clips.T_world_camera, clips.K)
-        done += count
-
-
-def training_batch(config: TrainingConfig, step: int, process: int, device) -> Batch:
-    """Draw the batch of ``step`` from the sources, mixed by weight."""
-    return synthetic_batch(
-        config.stage_at(step), config.seed, step, process, device, config.compile_renderer
+    clip = ClipConfig(
+        height=stage.size_hw[0],
+        width=stage.size_hw[1],
+        frames=config.validation_frames,
+        fps=HELD_OUT_FPS,
+        fov_deg=tuple(stage.fov_deg),
+        room_half_m=tuple(stage.room_half_m),
+        texture_seed=HELD_OUT_TEXTURES,
     )
-
-
-def seed_everything(seed: int) -> None:
-    """Seed the weights of a network made next."""
-    torch.manual_seed(seed)
+    for done in range(0, config.validation_scenes, _HELD_OUT_BATCH):
+        count = min(_HELD_OUT_BATCH, config.validation_scenes - done)
+        yield rendered(count, clip, _HELD_OUT_SEED + done, device)

@@ -1,6 +1,7 @@
 """Entry to a training run; started by ``stream3r train`` or through the Accelerate launcher."""
 
 import argparse
+import importlib.util
 from pathlib import Path
 
 from stream3r_core.training.settings import TrainingConfig, load_recipe
@@ -14,11 +15,19 @@ def main(config: TrainingConfig, output: str | Path, device: str = 'auto') -> No
 
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
-    accelerator = Accelerator(mixed_precision=config.precision, cpu=device == 'cpu')
+    accelerator = Accelerator(
+        mixed_precision=config.precision, cpu=device == 'cpu', log_with=_trackers(), project_dir=folder
+    )
+    accelerator.init_trackers('tensorboard')
     trainer = Trainer(config, folder, accelerator)
     resumed = trainer.resume()
     print(f'training from step {trainer.step}' + (' (resumed)' if resumed else ''), flush=True)
     trainer.run()
+    accelerator.end_training()
+
+
+def _trackers() -> str | None:
+    return 'tensorboard' if importlib.util.find_spec('tensorboard') else None
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

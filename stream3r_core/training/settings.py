@@ -25,6 +25,9 @@ class StageConfig:
     shadows: bool = option(False, 'cast shadows')
     kinds: tuple[str, ...] = option(('hand_held',), 'ways to carry the camera; one is drawn per step')
     windows: tuple[int, ...] = option((0,), 'attention windows, 0 = causal; one is drawn per step')
+    keep: tuple[float, ...] = option(
+        (1.0,), 'share of the tokens of past frames that stay visible; one is drawn per step'
+    )
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,8 @@ class TrainingConfig:
     freeze: tuple[str, ...] = option((), 'prefixes of parameters that keep their values')
     seed: int = option(0, 'seed of everything')
     precision: str = option('bf16', 'autocast precision', choices=('no', 'bf16', 'fp16'))
+    match_layers: tuple[int, ...] = option((), 'global blocks whose first head is taught to match')
+    match_weight: float = option(0.2, 'weight of that teaching', minimum=0.0)
     checkpoint_blocks: bool = option(False, 'recompute the blocks in the backward pass to save memory')
     compile_renderer: bool = option(False, 'compile the renderer; needs a C++ compiler on a CPU')
     save_every: int = option(500, 'steps between checkpoints', minimum=1)

@@ -1,140 +1,179 @@
-"""The training loop: one process or many through Accelerate, resumable to the bit."""
+"""The training loop: one process or many through Accelerate; resumed, it goes on as if never stopped."""
 
+import functools
 import json
-import logging
 import time
+from collections import defaultdict
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from accelerate import Accelerator
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
+from stream3r_core.checkpoints import load_model
 from stream3r_core.config import model_config, to_dict
+from stream3r_core.errors import ConfigError, Stream3rError
 from stream3r_core.model.network import CausalVGGT
-from stream3r_core.training.batch import make_targets
-from stream3r_core.training.data import attention_of, held_out_batches, training_batch
-from stream3r_core.training.dense_loss import dense_loss
+from stream3r_core.training.checkpointing import latest_checkpoint, load_checkpoint, save_checkpoint
+from stream3r_core.training.data import DataMixture, Visibility
 from stream3r_core.training.initialise import initialise
+from stream3r_core.training.objectives import make_objective
 from stream3r_core.training.optimizers import learning_rate, make_optimizers
 from stream3r_core.training.settings import TrainingConfig
 from stream3r_core.training.validation import validate
 
-log = logging.getLogger(__name__)
-
-
-def fast_small_attention(device: torch.device) -> AbstractContextManager:
-    """Avoid the fused attention of CPUs: on short sequences its backward pass is several times slower."""
-    return sdpa_kernel(SDPBackend.MATH) if device.type == 'cpu' else nullcontext()
+_LOG_EVERY = 50  # steps
 
 
 class Trainer:
-    """State of one run in ``folder``: network, averaged weights, optimisers, step."""
+    """State of one run: network, averaged weights, optimisers, step."""
 
-    def __init__(self, config: TrainingConfig, folder: Path, accelerator):
-        self.config, self.folder, self.accelerator = config, folder, accelerator
-        torch.manual_seed(config.seed)
-        self.bare = initialise(CausalVGGT(config.model or model_config(config.preset)))
-        self.bare.autocast_heads = True
-        for name, parameter in self.bare.named_parameters():
-            parameter.requires_grad_(not name.startswith(tuple(config.freeze) or ('\0',)))
-        self.optimizers = make_optimizers(self.bare, config.optimizer)
-        self.average = {n: p.detach().clone() for n, p in self.bare.state_dict().items()}
+    def __init__(self, config: TrainingConfig, output: Path, accelerator: Accelerator):
+        self.config, self.output, self.accelerator = config, output, accelerator
+        self.network = make_network(config).to(accelerator.device)
+        self.averaged = make_network(config).to(accelerator.device).requires_grad_(False).eval()
+        self.averaged.load_state_dict(self.network.state_dict())
+        freeze(self.network, config.freeze)
+        if config.checkpoint_blocks:
+            recompute_blocks(self.network)
+        optimizers = make_optimizers(self.network, config.optimizer)
+        self.model, *self.optimizers = accelerator.prepare(self.network, *optimizers)
+        self.objective = make_objective(config, accelerator.device)
+        self.data = DataMixture(config, accelerator.process_index, accelerator.device)
         self.step = 0
-        self._held_out = None
-        self.model, *self.optimizers = accelerator.prepare(self.bare, *self.optimizers)
 
     def train_step(self) -> dict[str, Tensor]:
-        """Do one optimiser step and return the terms of the loss."""
-        config, step = self.config, self.step
-        self._set_learning_rate(learning_rate(step, config.total_steps, config.optimizer))
-        stage = config.stage_at(step)
-        mode, window = attention_of(stage, config.seed, step)
-        device, rank = self.accelerator.device, self.accelerator.process_index
-        with torch.no_grad():
-            batch = training_batch(config, step, rank, device)
-            targets = make_targets(batch)
-        with self.accelerator.autocast(), fast_small_attention(device):
-            prediction = self.model(batch.images, mode=mode, window=window)
-        terms = dense_loss(prediction, targets, config.dense)
-        loss = sum(terms.values())
-        self.accelerator.backward(loss)
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), config.optimizer.clip_norm)
+        """Do one optimiser step and return loss, gradient norm and the terms of the loss."""
+        config = self.config.optimizer
+        set_learning_rate(
+            self.optimizers, learning_rate(self.step, self.config.total_steps, config)
+        )
+        sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.accelerator.device))
+        for part in range(config.accumulate):
+            is_last = part == config.accumulate - 1
+            with nullcontext() if is_last else self.accelerator.no_sync(self.model):
+                for name, term in self._accumulate_gradient(part).items():
+                    sums[name] += term.detach() / config.accumulate
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip_norm)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        self._update_average()
         self.step += 1
-        return {'loss': loss.detach(), 'grad_norm': norm, **{k: v.detach() for k, v in terms.items()}}
+        self._update_average()
+        return {'loss': sum(sums.values()), 'grad_norm': norm, **sums}
 
-    def _set_learning_rate(self, lr: float) -> None:
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group['lr'] = lr
+    def _accumulate_gradient(self, part: int) -> dict[str, Tensor]:
+        draw = self.step * self.config.optimizer.accumulate + part
+        batch = self.data.batch(self.step, draw)
+        sight = Visibility.draw(self.config.stage_at(self.step), self.config.seed, draw)
+        with self.accelerator.autocast(), fast_small_attention(self.accelerator.device):
+            terms = self.objective(self.model, batch, sight)
+        require_finite(sum(terms.values()), self.step)
+        self.accelerator.backward(sum(terms.values()) / self.config.optimizer.accumulate)
+        return terms
 
     @torch.no_grad()
     def _update_average(self) -> None:
         decay = min(self.config.optimizer.ema_decay, (1 + self.step) / (10 + self.step))
-        for name, value in self.bare.state_dict().items():
-            self.average[name].lerp_(value, 1 - decay)
-
-    def averaged_model(self) -> CausalVGGT:
-        """Return a network with the averaged weights."""
-        model = CausalVGGT(self.bare.config)
-        model.load_state_dict(self.average)
-        return model.to(self.accelerator.device).eval()
+        for mean, value in zip(self.averaged.parameters(), self.network.parameters()):
+            mean.lerp_(value, 1 - decay)
 
     def validate(self) -> dict[str, float]:
         """Measure the averaged weights on the held-out sequences."""
-        stage = self.config.stage_at(self.step)
-        if self._held_out is None or self._held_out[0] != stage:
-            self._held_out = (stage, list(held_out_batches(self.config, stage)))
-        return validate(self.averaged_model(), self._held_out[1], 'causal')
+        return validate(self.averaged, self.data.held_out(self.step), 'causal')
 
     def save(self) -> None:
-        """Write the checkpoint; a kill in between leaves the previous one."""
-        state = {
-            'step': self.step,
-            'model': self.bare.state_dict(),
-            'average': self.average,
-            'optimizers': [o.state_dict() for o in self.optimizers],
-        }
-        temporary = self.folder / 'state.pt.part'
-        torch.save(state, temporary)
-        temporary.replace(self.folder / 'state.pt')
+        """Write a checkpoint; a kill in between leaves the previous one."""
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            save_checkpoint(
+                self.output, self.step, self.network, self.averaged, self.optimizers, to_dict(self.config)
+            )
 
     def resume(self) -> bool:
-        """Load the checkpoint of the folder, if there is one."""
-        path = self.folder / 'state.pt'
-        if not path.is_file():
+        """Load the newest checkpoint of the folder, if there is one."""
+        folder = latest_checkpoint(self.output)
+        if folder is None:
             return False
-        state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
-        self.step = state['step']
-        self.bare.load_state_dict(state['model'])
-        self.average = state['average']
-        for optimizer, saved in zip(self.optimizers, state['optimizers']):
-            optimizer.load_state_dict(saved)
+        self.step = load_checkpoint(folder, self.network, self.averaged, self.optimizers)
         return True
 
     def run(self) -> None:
-        """Train to the end of the last stage."""
-        config, started, since = self.config, time.time(), self.step
-        sums: dict[str, float] = {}
+        """Train to the end of the last stage, writing logs, checkpoints and validations."""
+        config, main = self.config, self.accelerator.is_main_process
+        sums: dict[str, Tensor] = defaultdict(float)
+        started, since = time.monotonic(), self.step
+        bar = tqdm(total=config.total_steps, initial=self.step, unit='step', disable=not main)
         while self.step < config.total_steps:
-            terms = self.train_step()
-            for key, value in terms.items():
-                sums[key] = sums.get(key, 0.0) + float(value)
-            if self.step % 50 == 0:
-                count = self.step - since
-                rate = (time.time() - started) / count
-                print(self.step, f'{rate:.2f} s/step', {k: round(v / count, 4) for k, v in sums.items()}, flush=True)
-                sums, since, started = {}, self.step, time.time()
-            if self.step % config.save_every == 0:
+            for name, value in self.train_step().items():
+                sums[name] = sums[name] + value.detach()
+            bar.update()
+            if self.step % _LOG_EVERY == 0:
+                means = {name: float(value) / (self.step - since) for name, value in sums.items()}
+                self._log({**means, 'seconds': (time.monotonic() - started) / (self.step - since)}, 'train')
+                bar.set_postfix(loss=f'{means["loss"]:.3f}')
+                sums, started, since = defaultdict(float), time.monotonic(), self.step
+            ends = self.step == config.total_steps
+            if self.step % config.save_every == 0 or ends:
                 self.save()
-            if self.step % config.validate_every == 0 or self.step == config.total_steps:
-                row = self.validate()
-                print('VAL', self.step, {k: round(v, 4) for k, v in row.items()}, flush=True)
-                with (self.folder / 'validation.jsonl').open('a') as f:
-                    f.write(json.dumps({'step': self.step, **row}) + '\n')
-                started = time.time()
-        self.save()
+            if (self.step % config.validate_every == 0 or ends) and main:
+                self._log(self.validate(), 'validation')
+        bar.close()
+
+    def _log(self, values: dict[str, float], kind: str) -> None:
+        """Append one line to ``log.jsonl`` and hand the values to TensorBoard."""
+        self.accelerator.log({f'{kind}/{k}': v for k, v in values.items()}, step=self.step)
+        if self.accelerator.is_main_process:
+            line = {'kind': kind, 'step': self.step, **{k: round(v, 6) for k, v in values.items()}}
+            with (self.output / 'log.jsonl').open('a') as file:
+                file.write(json.dumps(line) + '\n')
+
+
+def make_network(config: TrainingConfig) -> CausalVGGT:
+    """Return the network of the recipe with its starting weights."""
+    sizes = config.model or model_config(config.preset)
+    if config.init:
+        model = load_model(sizes, config.init, dtype=torch.float32).train()
+    else:
+        torch.manual_seed(config.seed)
+        model = initialise(CausalVGGT(sizes))
+    model.autocast_heads = config.loss == 'dense'
+    return model
+
+
+def freeze(model: nn.Module, prefixes: tuple[str, ...]) -> None:
+    """Keep the parameters whose names start with one of ``prefixes`` as they are."""
+    names = [name for name, _ in model.named_parameters()]
+    for prefix in prefixes:
+        if not any(name.startswith(prefix) for name in names):
+            raise ConfigError(f'freeze: no parameter starts with {prefix!r}')
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(tuple(prefixes) or ('\0',)))
+
+
+def recompute_blocks(model: CausalVGGT) -> None:
+    """Recompute the blocks of the aggregator in the backward pass instead of keeping activations."""
+    for block in [*model.aggregator.frame_blocks, *model.aggregator.global_blocks]:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def set_learning_rate(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
+    """Give all parameter groups the same learning rate."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group['lr'] = lr
+
+
+def fast_small_attention(device: torch.device) -> AbstractContextManager:
+    """Avoid the fused attention of CPUs: its backward pass is slow on short sequences."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == 'cpu' else nullcontext()
+
+
+def require_finite(loss: Tensor, step: int) -> None:
+    """Stop a run that has diverged."""
+    if not loss.isfinite():
+        raise Stream3rError(f'the loss is {loss.item()} at step {step}; lower the learning rate')

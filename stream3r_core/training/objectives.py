@@ -1,0 +1,96 @@
+"""What is minimised: each objective maps (network, batch, visibility) to named, weighted terms."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from stream3r_core.checkpoints import load_model
+from stream3r_core.config import model_config
+from stream3r_core.errors import ConfigError
+from stream3r_core.model.blocks import AttentionFn
+from stream3r_core.model.visibility import FrameAttention, visible_window
+from stream3r_core.training.attention_rules import ForgettingAttention
+from stream3r_core.training.batch import Batch, make_targets
+from stream3r_core.training.data import Visibility
+from stream3r_core.training.dense_loss import dense_loss
+from stream3r_core.training.distillation import distillation_loss
+from stream3r_core.training.matching import RecordingAttention, matching_loss
+from stream3r_core.training.published_loss import published_loss
+from stream3r_core.training.settings import TrainingConfig
+
+Objective = Callable[[nn.Module, Batch, Visibility], dict[str, Tensor]]
+
+_NUM_QUERIES = 64
+
+
+def make_objective(config: TrainingConfig, device: torch.device) -> Objective:
+    """Return the objective that the recipe names."""
+    if config.loss == 'dense':
+        return DenseObjective(config)
+    if config.loss == 'stream3r':
+        return lambda model, batch, sight: published_loss(
+            model(batch.images, mode=sight.mode, window=sight.window), batch
+        )
+    return _distillation(config, device)
+
+
+class DenseObjective:
+    """The dense loss, with taught matching and forgetful attention where the recipe wants them."""
+
+    def __init__(self, config: TrainingConfig):
+        self.config = config
+        sizes = config.model or model_config(config.preset)
+        self.patch_size, self.num_special = sizes.patch_size, sizes.num_special_tokens
+
+    def __call__(self, model: nn.Module, batch: Batch, sight: Visibility) -> dict[str, Tensor]:
+        """Return the terms."""
+        attention = RecordingAttention(self._rule(batch, sight), self.config.match_layers)
+        answer = model(
+            batch.images, mode=sight.mode, window=sight.window, global_attention=attention
+        )
+        terms = dense_loss(answer, make_targets(batch), self.config.dense)
+        if attention.seen:
+            loss = matching_loss(attention.seen, batch, self.patch_size, self.num_special)
+            terms['matching'] = self.config.match_weight * loss
+        return terms
+
+    def _rule(self, batch: Batch, sight: Visibility) -> AttentionFn:
+        frames = batch.images.shape[1]
+        if sight.keep < 1:
+            generator = torch.Generator().manual_seed(sight.seed)
+            return ForgettingAttention(frames, sight.keep, generator, self.num_special)
+        return FrameAttention(frames, visible_window(sight.mode, sight.window, frames))
+
+
+def _distillation(config: TrainingConfig, device: torch.device) -> Objective:
+    """Follow a frozen network of the same architecture that sees all frames."""
+    if not config.teacher:
+        raise ConfigError(
+            "loss 'distill' needs a teacher: give its weights, for example facebook/VGGT-1B"
+        )
+    teacher = load_model(config.model or config.preset, config.teacher, device)
+    has_tracks = teacher.config.track is not None
+
+    def objective(model: nn.Module, batch: Batch, sight: Visibility) -> dict[str, Tensor]:
+        queries = query_pixels(batch.valid[:, 0]) if has_tracks else None
+        with torch.no_grad():
+            wanted = teacher(batch.images, mode='full', query_points=queries)
+        answer = model(batch.images, mode=sight.mode, window=sight.window, query_points=queries)
+        return distillation_loss(answer, wanted, batch.valid)
+
+    return objective
+
+
+def query_pixels(valid: Tensor, count: int = _NUM_QUERIES) -> Tensor:
+    """Draw ``count`` known pixels (x, y) of each first view; zeros where too few are known.
+
+    valid [B, H, W] bool; returns [B, count, 2] float32.
+    """
+    b, _, width = valid.shape
+    scores = torch.rand(b, valid[0].numel(), device=valid.device) * valid.flatten(1)
+    best = scores.topk(min(count, scores.shape[1]), dim=1)
+    pixels = torch.stack([best.indices % width, best.indices // width], -1).float()
+    pixels = torch.nn.functional.pad(pixels, (0, 0, 0, count - pixels.shape[1]))
+    enough = valid.flatten(1).sum(1) >= count
+    return pixels * enough[:, None, None]
