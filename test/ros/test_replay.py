@@ -181,7 +181,7 @@ def test_listed_photos_all_see_each_other(tmp_path):
 @pytest.mark.parametrize(
     'names, stamps',
     [
-        (['0.png', '9.png', '10.png'], [0, 100_000_000, 200_000_000]),
+        (['0.png', '9.png', '10.png'], [1_000_000_000, 1_100_000_000, 1_200_000_000]),
         (
             ['1305031102.175304.png', '1305031102.211214.png'],
             [1305031102_175304000, 1305031102_211214000],
@@ -222,4 +222,5 @@ def test_a_video_comes_out_frame_by_frame(tmp_path):
     summary = replay(tmp_path / 'out', tmp_path / 'video.avi')
     assert (summary['images_in'], summary['images_out']) == (NUM, NUM)
     trajectory = read_trajectory(tmp_path / 'out' / 'trajectory.tum')
-    assert trajectory.stamps_ns.tolist() == [40_000_000 * index for index in range(NUM)]
+    stamps = [1_000_000_000 + 40_000_000 * index for index in range(NUM)]
+    assert trajectory.stamps_ns.tolist() == stamps
