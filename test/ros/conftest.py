@@ -79,6 +79,17 @@ def spin_until(node, ros):
 
 
 @pytest.fixture
+def one_thread():
+    """Add up in one order, as the node under test does: results are equal bit by bit."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def live(spawn, node, spin_until, tmp_path):
     """Return the harness of a node process; ``live.start(...)`` starts it."""
     from node_harness import NodeUnderTest

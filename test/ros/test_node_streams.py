@@ -16,7 +16,7 @@ from stream3r_ros.messages import rclpy_class, rclpy_messages
 from stream3r_ros.outputs import FRAME_TOPICS, TOPICS, Outputs
 from stream3r_ros.parameters import nest
 
-pytestmark = pytest.mark.ros
+pytestmark = [pytest.mark.ros, pytest.mark.usefixtures('one_thread')]
 NUM_IMAGES = 5
 
 
@@ -28,21 +28,12 @@ def transforms(messages):
     return [transform for message in messages for transform in message.transforms]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Sums in one order, as in the node under test: results are equal bit by bit."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def offline(num_images, K=None, **parameters):
     """The messages that the same images give without any ROS graph between."""
     config = from_dict(NodeConfig, nest({**SMALL, **parameters}))
     model = load_model(config.model.preset, weights=config.model.weights)
     reconstructor = Reconstructor(model, config)
-    outputs = Outputs(rclpy_messages(), config.map_frame)
+    outputs = Outputs(rclpy_messages(), config.map_frame, mapping=config.mapping)
     frames = []
     for index in range(num_images):
         prediction = reconstructor.process(picture(index), stamp(index), K)

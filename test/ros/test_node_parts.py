@@ -1,0 +1,237 @@
+"""The small parts of the node, without a graph: figures, frames, rates, the record of poses."""
+
+import logging
+
+import numpy as np
+import pytest
+
+from stream3r_core.config import flatten
+from stream3r_core.errors import ConfigError, InputError, OutputError
+from stream3r_core.evaluation.trajectory_files import read_trajectory
+from stream3r_core.mapping import MapCloud, load_ply
+from stream3r_ros.config import NodeConfig
+from stream3r_ros.diagnostics import (
+    RATE_WINDOW_S,
+    FrameStatistics,
+    NodeStatus,
+    ReconstructionFigures,
+    diagnostic_array,
+)
+from stream3r_ros.logging_bridge import RosLogHandler
+from stream3r_ros.options import read_options
+from stream3r_ros.parameters import nest
+from stream3r_ros.publishers import RateLimit
+from stream3r_ros.recorder import PoseRecorder, Snapshot, save_snapshot
+from stream3r_ros.resources import resource
+from stream3r_ros.tf import camera_frame, check_frames
+
+pytestmark = pytest.mark.ros
+
+
+class HandClock:
+    """A clock that stands until it is set."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def run_stream(statistics, clock, count, period_s, latency_s):
+    for _ in range(count):
+        arrival = statistics.received()
+        clock.now += latency_s
+        statistics.processed(arrival)
+        clock.now += period_s - latency_s
+
+
+def test_rates_and_latency_are_those_of_the_stream():
+    clock = HandClock()
+    statistics = FrameStatistics(window=1000, clock=clock)
+    run_stream(statistics, clock, count=100, period_s=0.1, latency_s=0.03)
+    figures = statistics.figures()
+    assert (figures.num_received, figures.num_processed) == (100, 100)
+    assert figures.rate_in_hz == pytest.approx(10, rel=0.05)
+    assert figures.rate_out_hz == pytest.approx(10, rel=0.05)
+    assert figures.latency_p50_ms == pytest.approx(30)
+    assert figures.latency_p95_ms == pytest.approx(30)
+    clock.now += RATE_WINDOW_S
+    assert statistics.figures().rate_in_hz == 0
+
+
+def test_latency_is_over_recent_frames_only():
+    clock = HandClock()
+    statistics = FrameStatistics(window=10, clock=clock)
+    run_stream(statistics, clock, count=50, period_s=1.0, latency_s=0.9)
+    run_stream(statistics, clock, count=10, period_s=0.1, latency_s=0.01)
+    assert statistics.figures().latency_p95_ms == pytest.approx(10)
+    assert statistics.figures().num_processed == 60
+
+
+def status(**fields):
+    statistics = FrameStatistics(window=10, clock=HandClock())
+    return NodeStatus(state='active', frames=statistics.figures(), **fields)
+
+
+def test_the_status_reads_as_a_sentence_and_as_values():
+    made = ReconstructionFigures(cache_tokens=660, cache_bytes=4_000_000, map_points=7)
+    good = status(drops={'superseded': 2, 'rejected': 1}, reconstruction=made)
+    assert good.level == b'\x00'
+    assert '3 dropped (1 rejected, 2 superseded)' in good.sentence()
+    assert 'map 7 points' in good.sentence() and '660 tokens, 4.0 MB' in good.sentence()
+    values = good.values()
+    assert values['images_dropped'] == '3' and values['images_dropped.superseded'] == '2'
+    assert values['cache_bytes'] == '4000000' and 'gpu_bytes' not in values
+    assert status(problem='no images on /image').level == b'\x01'
+    assert NodeStatus('failed', good.frames).level == b'\x02'
+
+
+def test_the_diagnostic_message_carries_sentence_and_values():
+    from builtin_interfaces.msg import Time
+
+    given = status(problem='no images')
+    message = diagnostic_array(given, '/stream3r', '/image', Time(sec=3))
+    (entry,) = message.status
+    assert message.header.stamp.sec == 3
+    assert entry.message == given.sentence() and entry.message.endswith('no images')
+    assert {pair.key: pair.value for pair in entry.values} == given.values()
+
+
+@pytest.mark.parametrize('rate_hz', [1, 7, 10, 29.9])
+def test_a_rate_limit_keeps_its_rate_over_time(rate_hz):
+    limit = RateLimit()
+    stamps = np.arange(0, 100 * 10**9, 33_333_333)  # 100 s at 30 Hz
+    passed = [stamp for stamp in stamps.tolist() if limit.is_due(stamp, rate_hz)]
+    assert passed[0] == 0
+    assert len(passed) == pytest.approx(100 * rate_hz, rel=0.01, abs=2)
+
+
+def test_a_rate_limit_has_no_burst_after_a_pause():
+    limit = RateLimit()
+    assert limit.is_due(0, 1.0)
+    assert limit.is_due(10**11, 1.0) and not limit.is_due(10**11 + 10**8, 1.0)
+    assert all(RateLimit().is_due(stamp, 0) for stamp in range(5))
+
+
+def pose(index):
+    T = np.eye(4)
+    T[:3, 3] = index, 0.5 * index, -index
+    return T
+
+
+def test_the_record_of_poses_keeps_the_latest_and_counts_the_rest():
+    recorder = PoseRecorder(max_poses=4)
+    with pytest.raises(InputError, match='no image'):
+        recorder.trajectory()
+    for index in range(10):
+        recorder.add(100 + index, pose(index))
+    trajectory = recorder.trajectory()
+    assert trajectory.stamps_ns.tolist() == [106, 107, 108, 109]
+    np.testing.assert_array_equal(trajectory.T_world_camera, [pose(i) for i in range(6, 10)])
+    assert (len(recorder), recorder.num_forgotten) == (4, 6)
+    recorder.clear()
+    recorder.add(5, pose(1))
+    assert recorder.trajectory().stamps_ns.tolist() == [5] and recorder.num_forgotten == 0
+
+
+def snapshot():
+    recorder = PoseRecorder(max_poses=4)
+    recorder.add(1_700_000_000_123_456_789, pose(2))
+    points = np.arange(9, dtype=np.float32).reshape(3, 3)
+    cloud = MapCloud(points, np.full((3, 3), 7, np.uint8), np.ones(3, np.float32))
+    return Snapshot(recorder.trajectory(), cloud, recorder.num_forgotten)
+
+
+def test_a_snapshot_is_written_and_reads_back(tmp_path):
+    map_file, trajectory_file = save_snapshot(snapshot(), str(tmp_path / 'a' / 'b'))
+    np.testing.assert_array_equal(load_ply(map_file).points_xyz, snapshot().cloud.points_xyz)
+    trajectory = read_trajectory(trajectory_file)
+    assert trajectory.stamps_ns.tolist() == [1_700_000_000_123_456_789]
+    np.testing.assert_array_equal(trajectory.T_world_camera, [pose(2)])
+
+
+def test_a_snapshot_that_cannot_be_written_says_where(tmp_path):
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(OutputError, match='file'):
+        save_snapshot(snapshot(), str(tmp_path / 'file'))
+
+
+def test_the_frame_of_an_image_is_its_own_unless_configured():
+    assert camera_frame('cam', NodeConfig()) == 'cam'
+    assert camera_frame('cam', NodeConfig(camera_frame='mine')) == 'mine'
+    assert camera_frame('', NodeConfig(camera_frame='mine')) == 'mine'
+
+
+@pytest.mark.parametrize('frame_id', ['', '/cam', 'map'])
+def test_a_frame_that_tf2_cannot_hang_below_the_map_is_refused(frame_id):
+    with pytest.raises(InputError, match='camera_frame'):
+        camera_frame(frame_id, NodeConfig())
+
+
+@pytest.mark.parametrize(
+    'frames',
+    [{'map_frame': ''}, {'map_frame': '/map'}, {'camera_frame': '/c'}, {'camera_frame': 'map'}],
+)
+def test_frames_that_cannot_be_are_refused_at_the_start(frames):
+    with pytest.raises(ConfigError, match='_frame'):
+        check_frames(NodeConfig(**frames))
+
+
+def test_the_shipped_parameter_file_states_the_defaults_and_all_options_of_the_node():
+    text = resource('config/reconstruct.yaml').read_text()
+    stated = flatten_mapping(read_options(resource('config/reconstruct.yaml')))
+    defaults = flatten(NodeConfig())
+    assert {name: defaults[name] for name in stated} == stated
+    own = {'outputs', 'save_map', 'status'} | {n for n in defaults if '.' not in n}
+    assert {name for name in defaults if name.split('.')[0] in own} <= set(stated)
+    assert text.startswith('#')
+
+
+def flatten_mapping(values, prefix=''):
+    flat = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten_mapping(value, f'{prefix}{name}.')
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+@pytest.mark.parametrize('name', ['window', 'causal'])
+def test_the_variants_are_a_few_valid_options(name):
+    values = read_options(resource(f'config/{name}.yaml'))
+    assert values['session']['mode'] == name
+    assert len(flatten_mapping(values)) <= 5
+    assert nest(flatten_mapping(values)) == values
+
+
+class Logger:
+    """Notes the severity and the text of each call."""
+
+    def __init__(self):
+        self.lines = []
+
+    def __getattr__(self, severity):
+        return lambda text: self.lines.append((severity, text))
+
+
+class Context:
+    """A context that is up or down."""
+
+    def __init__(self, is_up):
+        self.ok = lambda: is_up
+
+
+def test_python_logging_reaches_the_ros_logger_while_the_context_is_up():
+    logger = Logger()
+    log = logging.getLogger('test_node_parts')
+    for is_up in (True, False):
+        handler = RosLogHandler(logger, Context(is_up))
+        log.addHandler(handler)
+        log.setLevel(logging.DEBUG)
+        for level in (10, 20, 30, 40, 50):
+            log.log(level, 'level %d', level)
+        log.removeHandler(handler)
+    names = ('debug', 'info', 'warning', 'error', 'fatal')
+    assert logger.lines == [(name, f'level {10 * (i + 1)}') for i, name in enumerate(names)]
