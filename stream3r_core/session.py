@@ -87,6 +87,7 @@ class StreamSession:
         """Frames that are processed together; 1 in all modes without chunks."""
         return 1 if self.cache_config is None else self.cache_config.chunk_size
 
+    @torch.inference_mode()
     def reset(self) -> None:
         """Start a new stream: the next frame becomes the anchor. Allocated memory is kept."""
         self.cache.reset()

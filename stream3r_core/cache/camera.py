@@ -102,7 +102,8 @@ class CameraCache(KVCache):
     def _let_go(self) -> None:
         if self.window is None:
             return
-        old = [f for f in self.slots.slot_of if f not in self.pinned_frames][: -self.window]
+        first_recent = self.num_frames - self.window
+        old = [f for f in self.slots.slot_of if f < first_recent and f not in self.pinned_frames]
         while len(anchors := [f for f in old if f % self.spacing == 0]) > self.num_anchors:
             if not self.num_anchors:
                 anchors = []

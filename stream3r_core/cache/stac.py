@@ -18,6 +18,7 @@ from stream3r_core.cache.frame_slots import number_frames
 from stream3r_core.cache.pool_growth import with_room_for
 from stream3r_core.cache.token_places import VoxelSize, token_points
 from stream3r_core.cache.token_pool import TokenPool
+from stream3r_core.cache.voxel_table import NOWHERE
 from stream3r_core.cache.working import WorkingCache
 from stream3r_core.config import CacheConfig
 from stream3r_core.errors import CacheError
@@ -177,19 +178,19 @@ class StacCache(KVCache):
             self.place[slot] = place[i]
             self.sureness[slot] = sureness[i]
 
-    def _recent(self) -> list[int]:
-        return [f for f in self.working.slots.slot_of if f not in self.config.pinned_frames]
-
     def _evict(self) -> None:
         """Let go what left the window; what is no heavy hitter goes into the pool."""
-        leaving = self._recent()[: -self.config.window]
-        if self.pool is None:
-            self.working.evict(leaving, torch.empty(0))
-            return
+        first_recent = self.num_frames - self.config.window
+        in_slots = self.working.slots.slot_of
+        leaving = [f for f in in_slots if f < first_recent and f not in self.config.pinned_frames]
         if not leaving:
             return
+        if self.pool is None:
+            tokens = len(leaving) * self.plan.layout.frame_tokens
+            self.working.evict(leaving, self.working.heavy_key.new_full((tokens,), NOWHERE))
+            return
         self.voxel_size.freeze()
-        slots = [self.working.slots.slot_of[f] for f in leaving]
+        slots = [in_slots[f] for f in leaving]
         keys = self.voxel_size.keys(self.place[slots].flatten(0, 1))
         dropped = self.working.evict(leaving, keys)
         if dropped is None:
@@ -216,7 +217,8 @@ class StacCache(KVCache):
 
     def _near(self) -> Tensor:
         """Return which voxels lie around what the recent frames see."""
-        slots = [self.working.slots.slot_of[f] for f in self._recent()[-self.config.window :]]
+        first_recent = self.num_frames - self.config.window
+        slots = [s for f, s in self.working.slots.slot_of.items() if f >= first_recent]
         keys = self.voxel_size.keys(self.place[slots])
         return self.pool.voxels.near(keys, NEIGHBOURHOOD)
 
