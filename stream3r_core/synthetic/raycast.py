@@ -44,7 +44,9 @@ def nearest_primitive(world: World, origin: Tensor, rays: Tensor) -> tuple[Tenso
     lo_y = c * offset[1] - s * offset[0]
     keys = []
     groups = ((_box_hit, 0, NUM_BOXES), (_cylinder_hit, NUM_BOXES, NUM_CYLINDERS))
-    groups += ((_sphere_hit, NUM_BOXES + NUM_CYLINDERS, NUM_PRIMITIVES - NUM_BOXES - NUM_CYLINDERS),)
+    groups += (
+        (_sphere_hit, NUM_BOXES + NUM_CYLINDERS, NUM_PRIMITIVES - NUM_BOXES - NUM_CYLINDERS),
+    )
     for intersect, first, count in groups:
         part = slice(first, first + count)
         cp, sp = c[:, part], s[:, part]
@@ -112,20 +114,31 @@ def _room_exit(half: Tensor, origin: Tensor, rays: Tensor) -> tuple[Tensor, Tens
     x, y, z = exits.unbind(-1)
     t = torch.minimum(torch.minimum(x, y), z)
     axis = torch.where(t == x, 0, torch.where(t == y, 1, 2))
-    direction = torch.where(axis == 0, rays[..., 0], torch.where(axis == 1, rays[..., 1], rays[..., 2]))
+    direction = torch.where(
+        axis == 0, rays[..., 0], torch.where(axis == 1, rays[..., 1], rays[..., 2])
+    )
     return t, 2 * axis + (direction > 0).long(), o + rays * t[..., None]
 
 
 def _surface(world: World, origin: Tensor, rays: Tensor, index: Tensor, in_room: Tensor) -> Hits:
     """Distance, normal and local point of the chosen primitive, in full precision."""
     table = torch.cat(
-        [world.center, world.half_size, torch.cos(world.yaw)[..., None], torch.sin(world.yaw)[..., None]],
+        [
+            world.center,
+            world.half_size,
+            torch.cos(world.yaw)[..., None],
+            torch.sin(world.yaw)[..., None],
+        ],
         -1,
     )
     rows = table.gather(1, index[..., None].expand(-1, -1, 8))
     center, half, c, s = rows[..., :3], rows[..., 3:6], rows[..., 6], rows[..., 7]
     offset = origin[:, None] - center
-    o = (c * offset[..., 0] + s * offset[..., 1], c * offset[..., 1] - s * offset[..., 0], offset[..., 2])
+    o = (
+        c * offset[..., 0] + s * offset[..., 1],
+        c * offset[..., 1] - s * offset[..., 0],
+        offset[..., 2],
+    )
     d = (
         c * rays[..., 0] + s * rays[..., 1],
         c * rays[..., 1] - s * rays[..., 0],
@@ -134,7 +147,9 @@ def _surface(world: World, origin: Tensor, rays: Tensor, index: Tensor, in_room:
     h = half.unbind(-1)
     is_box, is_sphere = index < NUM_BOXES, index >= NUM_BOXES + NUM_CYLINDERS
     t = torch.where(
-        is_box, _box_hit(o, d, h), torch.where(is_sphere, _sphere_hit(o, d, h), _cylinder_hit(o, d, h))
+        is_box,
+        _box_hit(o, d, h),
+        torch.where(is_sphere, _sphere_hit(o, d, h), _cylinder_hit(o, d, h)),
     )
     room_t, room_face, room_point = _room_exit(world.room_half, origin, rays)
     t = torch.where(in_room, room_t, t)
@@ -166,7 +181,9 @@ def _local_normal(
         torch.where(size[..., 1] > size[..., 0], 1, 0),
     )
     axis_normal = torch.nn.functional.one_hot(torch.where(on_cap, 2, box_axis), 3) * scaled.sign()
-    flat = torch.cat([scaled[..., :2], torch.where(is_sphere[..., None], scaled[..., 2:], 0.0)], -1)
+    flat = torch.cat(
+        [scaled[..., :2], torch.where(is_sphere[..., None], scaled[..., 2:], 0.0)], -1
+    )
     curved = torch.nn.functional.normalize(flat / half, dim=-1)
     normal = torch.where((is_box | on_cap)[..., None], axis_normal, curved)
     round_axis = torch.where(curved[..., 0].abs() > curved[..., 1].abs(), 0, 1)

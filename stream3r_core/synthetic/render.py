@@ -99,7 +99,9 @@ def _render_tile(
     return rgb.clamp(0, 1), hits.distance, hits.normal, hits.material
 
 
-def _albedo(world: World, hits: raycast.Hits, spread: Tensor, rays: Tensor, pool: TexturePool) -> Tensor:
+def _albedo(
+    world: World, hits: raycast.Hits, spread: Tensor, rays: Tensor, pool: TexturePool
+) -> Tensor:
     """Colour of the surface: a base colour and two texture layers of different scale."""
     frame = torch.arange(len(rays), device=rays.device)[:, None]
     m = hits.material
@@ -116,7 +118,10 @@ def _albedo(world: World, hits: raycast.Hits, spread: Tensor, rays: Tensor, pool
     for layer, strength in ((0, 0.8), (1, 0.5)):
         scale = period[..., layer]
         value = sample_textures(
-            pool, texture[..., layer], uv / scale[..., None] + phase[..., layer, :], footprint / scale
+            pool,
+            texture[..., layer],
+            uv / scale[..., None] + phase[..., layer, :],
+            footprint / scale,
         )
         rgb = rgb + strength * value[..., None] * (colors[..., layer + 1, :] - rgb)
     return rgb
@@ -126,10 +131,14 @@ def _shade(world: World, point: Tensor, hits: raycast.Hits, shadows: bool) -> Te
     """Ambient, one lamp with fall-off and shadow, light from above, and darkness near room edges."""
     to_light = world.light[:, None] - point
     distance = to_light.norm(dim=-1)
-    direct = (hits.normal * to_light).sum(-1).div(distance).clamp(min=0) / (0.6 + 0.12 * distance.square())
+    direct = (hits.normal * to_light).sum(-1).div(distance).clamp(min=0) / (
+        0.6 + 0.12 * distance.square()
+    )
     if shadows:
         start = point + 0.02 * hits.normal
-        blocked, _ = raycast.nearest_primitive(world, start.transpose(1, 2), world.light[:, None] - start)
+        blocked, _ = raycast.nearest_primitive(
+            world, start.transpose(1, 2), world.light[:, None] - start
+        )
         direct = direct * torch.where(blocked < 1, 0.25, 1.0)
     half = world.room_half[:, None]
     to_wall = (half[..., :2] - point[..., :2].abs()).clamp(min=0)

@@ -22,8 +22,14 @@ def degrade(rgb: Tensor, frames: int, generator: torch.Generator, strength: floa
     x = torch.linspace(-1, 1, width, device=rgb.device)[None]
     vignette = 1 - per_clip((1, 1, 1), 0.1, 0).abs() * (x * x + y * y)
     out = (out * gain * vignette).clamp(1e-4, 1) ** gamma
-    noise = torch.rand(b, 1, 1, 1, 1, generator=generator).mul(0.03 * strength).expand(-1, frames, -1, -1, -1)
-    noise = noise.flatten(0, 1).to(rgb.device) * torch.randn(out.shape, generator=generator).to(rgb.device)
+    noise = (
+        torch.rand(b, 1, 1, 1, 1, generator=generator)
+        .mul(0.03 * strength)
+        .expand(-1, frames, -1, -1, -1)
+    )
+    noise = noise.flatten(0, 1).to(rgb.device) * torch.randn(out.shape, generator=generator).to(
+        rgb.device
+    )
     return (out + noise).clamp(0, 1)
 
 

@@ -31,7 +31,9 @@ def make_textures(seed: int, count: int = 256) -> TexturePool:
     return _with_mip_levels(fields)
 
 
-def sample_textures(pool: TexturePool, index: Tensor, uv: Tensor, texel_footprint: Tensor) -> Tensor:
+def sample_textures(
+    pool: TexturePool, index: Tensor, uv: Tensor, texel_footprint: Tensor
+) -> Tensor:
     """Bilinear value at ``uv`` (one unit = one period) of texture ``index``.
 
     index [...] int64, uv [..., 2], texel_footprint [...]: finest texels that one ray covers; the mip
@@ -104,7 +106,9 @@ def _bricks(g: torch.Generator, shift: float = 0.5) -> Tensor:
     tone = torch.rand(rows, columns, generator=g)[row.long(), column.floor().long()]
     joint = ((y * rows) % 1 < 0.12) | (column % 1 < 0.08)
     noise = _stretch(_spectral(g, 1.0))
-    return torch.where(joint, torch.full_like(tone, _uniform(g, 0, 0.3)), 0.35 + 0.5 * tone + 0.15 * noise)
+    return torch.where(
+        joint, torch.full_like(tone, _uniform(g, 0, 0.3)), 0.35 + 0.5 * tone + 0.15 * noise
+    )
 
 
 def _panels(g: torch.Generator) -> Tensor:

@@ -28,17 +28,23 @@ class Motion:
 
 HAND_HELD = Motion()
 WHEELED = Motion(vertical=0.0, tilt=0.0, tremor_deg=0.05, height_m=(0.3, 1.0))
-DRONE = Motion((0.3, 1.5), (10.0, 60.0), vertical=0.8, tilt=0.5, tremor_deg=0.4, height_m=(0.8, 2.2))
+DRONE = Motion(
+    (0.3, 1.5), (10.0, 60.0), vertical=0.8, tilt=0.5, tremor_deg=0.4, height_m=(0.8, 2.2)
+)
 
 
-def sample_paths(world: World, time_s: Tensor, motion: Motion, generator: torch.Generator) -> Tensor:
+def sample_paths(
+    world: World, time_s: Tensor, motion: Motion, generator: torch.Generator
+) -> Tensor:
     """Return T_world_camera [B, S, 4, 4] at the times [B, S] (seconds, from any start).
 
     Of several random paths per world the first that keeps ``CLEARANCE_M`` from everything is taken,
     else the one that keeps farthest away.
     """
     b = len(world)
-    positions = torch.stack([_positions(world, time_s, motion, generator) for _ in range(_CANDIDATES)], 1)
+    positions = torch.stack(
+        [_positions(world, time_s, motion, generator) for _ in range(_CANDIDATES)], 1
+    )
     distance = clearance(world, positions.flatten(1, 2)).view(b, _CANDIDATES, -1).amin(-1)
     order = torch.arange(_CANDIDATES, 0, -1, device=distance.device)
     score = torch.where(distance >= CLEARANCE_M, 10.0 * order, distance)
@@ -64,7 +70,9 @@ def clearance(world: World, points: Tensor) -> Tensor:
     scaled = (torch.stack([x, y, offset[..., 2]], -1) / half).norm(dim=-1)
     sphere = (scaled - 1) * half.amin(-1)  # a lower bound of the distance to an ellipsoid
     round_end = NUM_BOXES + NUM_CYLINDERS
-    objects = torch.cat([box[..., :NUM_BOXES], cylinder[..., NUM_BOXES:round_end], sphere[..., round_end:]], -1)
+    objects = torch.cat(
+        [box[..., :NUM_BOXES], cylinder[..., NUM_BOXES:round_end], sphere[..., round_end:]], -1
+    )
     room = world.room_half[:, None]
     centred = points - torch.stack([0 * room[..., 0], 0 * room[..., 1], room[..., 2]], -1)
     return torch.minimum(objects.amin(-1), (room - centred.abs()).amin(-1))
@@ -91,14 +99,18 @@ def _positions(world: World, time_s: Tensor, motion: Motion, g: torch.Generator)
     start = torch.cat(
         [_uniform(g, (b, 2), -0.7, 0.7) * room[:, :2], _uniform(g, (b, 1), *motion.height_m)], -1
     )
-    speed = _uniform(g, (b, 1, 1), *motion.speed_m_s) * (torch.rand(b, 1, 1, generator=g) >= motion.still_share)
+    speed = _uniform(g, (b, 1, 1), *motion.speed_m_s) * (
+        torch.rand(b, 1, 1, generator=g) >= motion.still_share
+    )
     axes = torch.tensor([1.0, 1.0, motion.vertical]) / math.sqrt(2 + motion.vertical**2)
     path = start[:, None] + _waves(g, time_s, speed * axes)
     middle = torch.stack([0 * room[:, 0], 0 * room[:, 0], room[:, 2]], -1)[:, None]
     limit = (room - CLEARANCE_M)[:, None]
     relative = (path - middle) / limit
     soft = torch.where(  # linear in the middle, bending smoothly before the walls
-        relative.abs() < 0.6, relative, relative.sign() * (0.6 + 0.4 * torch.tanh((relative.abs() - 0.6) / 0.4))
+        relative.abs() < 0.6,
+        relative,
+        relative.sign() * (0.6 + 0.4 * torch.tanh((relative.abs() - 0.6) / 0.4)),
     )
     return middle + soft * limit
 

@@ -46,12 +46,15 @@ class World:
 
     def to(self, device) -> 'World':
         """Return the worlds on ``device``."""
-        return World(**{f.name: getattr(self, f.name).to(device) for f in dataclasses.fields(self)})
+        return World(
+            **{f.name: getattr(self, f.name).to(device) for f in dataclasses.fields(self)}
+        )
 
     def repeat_frames(self, frames: int, time_s: Tensor | None = None) -> 'World':
         """Return B * frames worlds, one per frame; ``time_s`` [B, frames] moves what moves."""
         tensors = {
-            f.name: getattr(self, f.name).repeat_interleave(frames, 0) for f in dataclasses.fields(self)
+            f.name: getattr(self, f.name).repeat_interleave(frames, 0)
+            for f in dataclasses.fields(self)
         }
         if time_s is not None:
             sway = tensors['sway']
@@ -70,7 +73,11 @@ def make_world(
     """Draw ``batch`` furnished rooms; ``moving`` is the share of furniture groups that sway about."""
     room = _uniform(generator, (batch, 3), *room_half_range)
     room[:, 2] = _uniform(generator, (batch,), 1.2, 1.6)
-    parts = [_place_groups(generator, room), _wall_boxes(generator, room), _clutter(generator, room)]
+    parts = [
+        _place_groups(generator, room),
+        _wall_boxes(generator, room),
+        _clutter(generator, room),
+    ]
     boxes, cylinders, spheres = (torch.cat([p[i] for p in parts], 1) for i in range(3))
     rows = torch.cat([boxes, cylinders, spheres], 1)  # [B, P, 8] centre, half, yaw, object
     unused = rows[..., 3:6].amin(-1) <= 0
@@ -115,7 +122,9 @@ def _place_groups(g: torch.Generator, room: Tensor) -> tuple[Tensor, Tensor, Ten
     wall = (torch.arange(GROUPS)[None] + torch.randint(4, (b, 1), generator=g)) % 4
     free = torch.rand(b, GROUPS, generator=g) < 0.25
     yaw = torch.where(free, _uniform(g, (b, GROUPS), 0, 2 * math.pi), wall * (math.pi / 2))
-    along_x = wall % 2 == 0  # walls 0, 2 run along x: the group's back (-y) turned by yaw faces them
+    along_x = (
+        wall % 2 == 0
+    )  # walls 0, 2 run along x: the group's back (-y) turned by yaw faces them
     span = torch.where(along_x, room[:, None, 0], room[:, None, 1])
     depth = torch.where(along_x, room[:, None, 1], room[:, None, 0])
     along = _uniform(g, (b, GROUPS), -1, 1) * (span - size[..., 0] / 2 - 0.05).clamp(min=0)
@@ -125,10 +134,14 @@ def _place_groups(g: torch.Generator, room: Tensor) -> tuple[Tensor, Tensor, Ten
     origin = torch.stack([c * along - s * away, s * along + c * away], -1)
     used = torch.rand(b, GROUPS, generator=g) < 0.9
     shapes = (catalogue.boxes[pick], catalogue.cylinders[pick], catalogue.spheres[pick])
-    return tuple(_transform_parts(p, size, yaw, origin, used) for p in shapes)
+    boxes, cylinders, spheres = (_transform_parts(p, size, yaw, origin, used) for p in shapes)
+    cylinders[..., 4] = cylinders[..., 3]  # round, whatever the group was stretched to
+    return boxes, cylinders, spheres
 
 
-def _transform_parts(parts: Tensor, size: Tensor, yaw: Tensor, origin: Tensor, used: Tensor) -> Tensor:
+def _transform_parts(
+    parts: Tensor, size: Tensor, yaw: Tensor, origin: Tensor, used: Tensor
+) -> Tensor:
     b, groups, slots, _ = parts.shape
     center, half = parts[..., :3] * size[:, :, None], parts[..., 3:] * size[:, :, None]
     half = half * used[:, :, None, None]

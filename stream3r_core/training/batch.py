@@ -20,7 +20,9 @@ class Batch:
 
     def to(self, device) -> 'Batch':
         """Return the batch on ``device``."""
-        return Batch(**{f.name: getattr(self, f.name).to(device) for f in dataclasses.fields(self)})
+        return Batch(
+            **{f.name: getattr(self, f.name).to(device) for f in dataclasses.fields(self)}
+        )
 
     @property
     def valid(self) -> Tensor:

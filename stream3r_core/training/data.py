@@ -23,10 +23,15 @@ _HELD_OUT_BATCH = 4
 class DataMixture:
     """Synthetic rooms and folders, mixed by weight; held-out sequences are rendered once."""
 
-    def __init__(self, config: TrainingConfig, process: int = 0, device: str | torch.device = 'cpu'):
+    def __init__(
+        self, config: TrainingConfig, process: int = 0, device: str | torch.device = 'cpu'
+    ):
         self.config, self.process, self.device = config, process, device
         self.folders = [SceneFolder(f) for f in config.folders if f.weight > 0]
-        self.weights = [config.synthetic_weight, *(f.weight for f in config.folders if f.weight > 0)]
+        self.weights = [
+            config.synthetic_weight,
+            *(f.weight for f in config.folders if f.weight > 0),
+        ]
         if not sum(self.weights) > 0:
             raise ConfigError('no training data: synthetic_weight and all folder weights are 0')
         self._held_out: tuple[StageConfig, list[Batch]] | None = None
@@ -63,7 +68,7 @@ def step_seed(seed: int, draw: int, process: int = 0) -> int:
 class Visibility:
     """What frames see of each other in one step."""
 
-    mode: str = 'causal'  # or 'window'
+    mode: str = 'causal'  # or 'window', 'full'
     window: int = 1
     keep: float = 1.0  # share of the tokens of past frames, mode causal only
     seed: int = 0  # which tokens
@@ -74,7 +79,9 @@ class Visibility:
         mixed = step_seed(seed, draw) ^ 0x5A5A5A
         rng = random.Random(mixed)
         window, keep = rng.choice(stage.windows), rng.choice(stage.keep)
-        return cls('window', window) if window else cls('causal', 1, keep, mixed)
+        if window:
+            return cls('window', window) if window > 0 else cls('full')
+        return cls('causal', 1, keep, mixed)
 
 
 def clip_config(stage: StageConfig, frames: int, rng: random.Random, compiled: bool) -> ClipConfig:

@@ -23,12 +23,16 @@ class DenseLossConfig:
     log_depth: float = option(1.0, 'absolute error of the logarithm of depth')
     gradient: float = option(0.5, 'difference of that error between neighbouring pixels')
     points_along: float = option(1.0, 'error of world points along the viewing ray, over distance')
-    points_across: float = option(4.0, 'error of world points across the viewing ray, over distance')
+    points_across: float = option(
+        4.0, 'error of world points across the viewing ray, over distance'
+    )
     translation: float = option(5.0, 'absolute error of the translation')
     rotation: float = option(10.0, 'absolute error of the raw quaternion')
     fov: float = option(1.0, 'absolute error of the fields of view')
     confidence: float = option(0.1, 'the two confidences, on errors taken as given')
-    confidence_alpha: float = option(0.2, 'reward of confidence: the best confidence is alpha over error')
+    confidence_alpha: float = option(
+        0.2, 'reward of confidence: the best confidence is alpha over error'
+    )
     iteration_decay: float = option(0.6, 'weight of an earlier iteration of the camera head')
 
 
@@ -76,7 +80,10 @@ def _camera(answers: list[Tensor], target: Tensor, config: DenseLossConfig) -> d
     weights = [config.iteration_decay ** (len(answers) - 1 - i) for i in range(len(answers))]
 
     def term(part: slice) -> Tensor:
-        losses = [w * F.l1_loss(a[..., part].float(), target[..., part]) for w, a in zip(weights, answers)]
+        losses = [
+            w * F.l1_loss(a[..., part].float(), target[..., part])
+            for w, a in zip(weights, answers)
+        ]
         return sum(losses) / sum(weights)
 
     return {

@@ -27,7 +27,11 @@ def distillation_loss(
         'camera': _camera(student['pose_enc'], teacher['pose_enc']),
         'depth': _per_view(student['depth'], student['depth_conf'], teacher['depth'], valid, True),
         'points': _per_view(
-            student['world_points'], student['world_points_conf'], teacher['world_points'], valid, False
+            student['world_points'],
+            student['world_points_conf'],
+            teacher['world_points'],
+            valid,
+            False,
         ),
     }
     if 'track' in teacher and 'track' in student:
@@ -50,12 +54,15 @@ def _per_view(
     """Mean over the views of one dense output [B, S, H, W, C]."""
     views = range(predicted.shape[1])
     losses = [
-        _view(predicted[:, s], confidence[:, s], target[:, s], valid[:, s], is_depth) for s in views
+        _view(predicted[:, s], confidence[:, s], target[:, s], valid[:, s], is_depth)
+        for s in views
     ]
     return sum(losses) / len(losses)
 
 
-def _view(predicted: Tensor, confidence: Tensor, target: Tensor, valid: Tensor, is_depth: bool) -> Tensor:
+def _view(
+    predicted: Tensor, confidence: Tensor, target: Tensor, valid: Tensor, is_depth: bool
+) -> Tensor:
     per_sample = (slice(None), None, None, None)
     predicted = predicted / mean_norm(predicted[:, None], valid[:, None])[per_sample]
     target = target / mean_norm(target[:, None], valid[:, None])[per_sample]

@@ -58,7 +58,9 @@ def views_of(scene: Path) -> list[tuple[Path, Path, Path]]:
     if not (scene / 'rgb').is_dir():
         return []
     views = []
-    for image in sorted(p for p in (scene / 'rgb').iterdir() if p.suffix.lower() in IMAGE_SUFFIXES):
+    for image in sorted(
+        p for p in (scene / 'rgb').iterdir() if p.suffix.lower() in IMAGE_SUFFIXES
+    ):
         depth, camera = scene / 'depth' / f'{image.stem}.npy', scene / 'cam' / f'{image.stem}.npz'
         for path in (depth, camera):
             if not path.is_file():
@@ -124,7 +126,9 @@ def load_view(files: tuple[Path, Path, Path], size_hw: tuple[int, int]) -> tuple
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f'{depth_path.stem}: depth or camera cannot be read: {error}') from error
     if depth.shape != image.shape[:2]:
-        raise DataError(f'{depth_path}: depth {depth.shape} does not match image {image.shape[:2]}')
+        raise DataError(
+            f'{depth_path}: depth {depth.shape} does not match image {image.shape[:2]}'
+        )
     left, top, width, height = crop_about_center(image.shape[1], image.shape[0], K, size_hw)
     image = image[top : top + height, left : left + width, ::-1]
     depth = np.nan_to_num(depth[top : top + height, left : left + width], posinf=0.0, neginf=0.0)
@@ -152,7 +156,9 @@ def crop_about_center(
     cx, cy = round(float(K[0, 2])), round(float(K[1, 2]))
     half_w, half_h = min(cx, width - cx), min(cy, height - cy)
     if half_w < 1 or half_h < 1:
-        raise DataError(f'the principal point ({cx}, {cy}) lies outside the {width} x {height} image')
+        raise DataError(
+            f'the principal point ({cx}, {cy}) lies outside the {width} x {height} image'
+        )
     aspect = size_hw[1] / size_hw[0]
     crop_w = min(2 * half_w, int(2 * half_h * aspect))
     crop_h = min(2 * half_h, round(crop_w / aspect))

@@ -16,7 +16,7 @@ from stream3r_core.training.data import Visibility
 from stream3r_core.training.dense_loss import dense_loss
 from stream3r_core.training.distillation import distillation_loss
 from stream3r_core.training.matching import RecordingAttention, matching_loss
-from stream3r_core.training.published_loss import published_loss
+from stream3r_core.training.published_loss import points_loss, published_loss
 from stream3r_core.training.settings import TrainingConfig
 
 Objective = Callable[[nn.Module, Batch, Visibility], dict[str, Tensor]]
@@ -28,8 +28,9 @@ def make_objective(config: TrainingConfig, device: torch.device) -> Objective:
     """Return the objective that the recipe names."""
     if config.loss == 'dense':
         return DenseObjective(config)
-    if config.loss == 'stream3r':
-        return lambda model, batch, sight: published_loss(
+    if config.loss in ('stream3r', 'points'):
+        loss = published_loss if config.loss == 'stream3r' else points_loss
+        return lambda model, batch, sight: loss(
             model(batch.images, mode=sight.mode, window=sight.window), batch
         )
     return _distillation(config, device)

@@ -27,7 +27,10 @@ def make_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.opt
             )
         optimizers.append(
             torch.optim.Muon(
-                matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn='match_rms_adamw'
+                matrices,
+                lr=config.lr,
+                weight_decay=config.weight_decay,
+                adjust_lr_fn='match_rms_adamw',
             )
         )
     return optimizers

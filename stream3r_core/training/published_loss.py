@@ -6,7 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stream3r_core.geometry import encode_pose, invert_se3, transform_points
+from stream3r_core.geometry import (
+    encode_pose,
+    invert_se3,
+    transform_points,
+    unproject_to_world,
+)
 from stream3r_core.training.batch import Batch
 
 GAMMA, ALPHA = 1.0, 0.2
@@ -28,21 +33,34 @@ def published_loss(
     valid = batch.valid
     points = _points_of_first_camera(batch, world_points)
     depth = batch.depth[..., None]
-    points_loss, _, _ = _regression(
+    points_term, _, _ = _regression(
         prediction['world_points'], prediction['world_points_conf'], points, valid
     )
-    depth_loss, scale, true_scale = _regression(
+    depth_term, scale, true_scale = _regression(
         prediction['depth'], prediction['depth_conf'], depth, valid
     )
     camera = camera_loss(prediction['pose_enc_list'], batch, scale, true_scale)
-    return {'points': points_loss, 'depth': depth_loss, 'camera': camera}
+    return {'points': points_term, 'depth': depth_term, 'camera': camera}
+
+
+def points_loss(prediction: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+    """Return the confidence-weighted error of the point head alone (model.md 19, last paragraph).
+
+    Prediction and truth are each divided by their mean distance, as in DUSt3R (Wang et al. 2024).
+    """
+    valid, truth = batch.valid, _points_of_first_camera(batch, None)
+    points, confidence = prediction['world_points'], prediction['world_points_conf']
+    per_sample = (slice(None),) + (None,) * 4
+    error = (
+        points / mean_norm(points, valid)[per_sample] - truth / mean_norm(truth, valid)[per_sample]
+    ).norm(dim=-1)
+    weighted = error * confidence - ALPHA * confidence.log()
+    return {'points': weighted[valid].mean() if valid.any() else weighted.sum() * 0}
 
 
 def _points_of_first_camera(batch: Batch, world_points: Tensor | None) -> Tensor:
     first = invert_se3(batch.T_world_camera[:, :1])
     if world_points is None:
-        from stream3r_core.geometry import unproject_to_world
-
         return unproject_to_world(batch.depth, batch.K, first @ batch.T_world_camera)
     return transform_points(first.expand_as(batch.T_world_camera), world_points)
 
@@ -74,7 +92,9 @@ def _guard(x: Tensor, limit: float = LIMIT) -> Tensor:
     return torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0).clamp(-limit, limit)
 
 
-def _confidence_term(predicted: Tensor, confidence: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+def _confidence_term(
+    predicted: Tensor, confidence: Tensor, target: Tensor, valid: Tensor
+) -> Tensor:
     """Error weighted by confidence, first frame and others trimmed separately (18.2)."""
     error = _guard((predicted - target).norm(dim=-1))
     weighted = GAMMA * error * confidence - ALPHA * confidence.log()

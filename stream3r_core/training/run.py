@@ -7,8 +7,13 @@ from pathlib import Path
 from stream3r_core.training.settings import TrainingConfig, load_recipe
 
 
-def main(config: TrainingConfig, output: str | Path, device: str = 'auto') -> None:
-    """Train in the folder ``output``; goes on where a run in this folder stopped."""
+def main(
+    config: TrainingConfig, output: str | Path, device: str = 'auto', stop_at: int | None = None
+) -> None:
+    """Train in the folder ``output``; goes on where a run in this folder stopped.
+
+    ``stop_at``: leave after this step with a checkpoint, to go on another time.
+    """
     from accelerate import Accelerator
 
     from stream3r_core.training.trainer import Trainer
@@ -16,13 +21,16 @@ def main(config: TrainingConfig, output: str | Path, device: str = 'auto') -> No
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(
-        mixed_precision=config.precision, cpu=device == 'cpu', log_with=_trackers(), project_dir=folder
+        mixed_precision=config.precision,
+        cpu=device == 'cpu',
+        log_with=_trackers(),
+        project_dir=folder,
     )
     accelerator.init_trackers('tensorboard')
     trainer = Trainer(config, folder, accelerator)
     resumed = trainer.resume()
     print(f'training from step {trainer.step}' + (' (resumed)' if resumed else ''), flush=True)
-    trainer.run()
+    trainer.run(stop_at)
     accelerator.end_training()
 
 

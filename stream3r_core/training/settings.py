@@ -16,15 +16,25 @@ class StageConfig:
 
     steps: int = option(1000, 'steps of this stage', minimum=1)
     batch: int = option(16, 'clips of a batch, on each process', minimum=1)
-    frames: tuple[int, ...] = option((3,), 'clip lengths; one is drawn per step, the batch shrinks with it')
+    frames: tuple[int, ...] = option(
+        (3,), 'clip lengths; one is drawn per step, the batch shrinks with it'
+    )
     size_hw: tuple[int, ...] = option((48, 64), 'image height and width, pixels')
-    fps: tuple[float, ...] = option((4.0, 4.0), 'frame rate between these two; lower means more motion')
-    room_half_m: tuple[float, ...] = option((1.5, 3.5), 'half the room width between these two, metres')
+    fps: tuple[float, ...] = option(
+        (4.0, 4.0), 'frame rate between these two; lower means more motion'
+    )
+    room_half_m: tuple[float, ...] = option(
+        (1.5, 3.5), 'half the room width between these two, metres'
+    )
     fov_deg: tuple[float, ...] = option((50.0, 85.0), 'horizontal field of view between these two')
     moving: float = option(0.0, 'share of furniture that moves', minimum=0.0, maximum=1.0)
     shadows: bool = option(False, 'cast shadows')
-    kinds: tuple[str, ...] = option(('hand_held',), 'ways to carry the camera; one is drawn per step')
-    windows: tuple[int, ...] = option((0,), 'attention windows, 0 = causal; one is drawn per step')
+    kinds: tuple[str, ...] = option(
+        ('hand_held',), 'ways to carry the camera; one is drawn per step'
+    )
+    windows: tuple[int, ...] = option(
+        (0,), 'attention windows; 0 = causal, -1 = all frames; one is drawn per step'
+    )
     keep: tuple[float, ...] = option(
         (1.0,), 'share of the tokens of past frames that stay visible; one is drawn per step'
     )
@@ -51,8 +61,12 @@ class FolderConfig:
     path: str = option('', 'the folder')
     weight: float = option(1.0, 'share of batches drawn from it', minimum=0.0)
     max_interval: int = option(20, 'largest step between two views', minimum=1)
-    video_prob: float = option(0.6, 'probability of views in temporal order', minimum=0.0, maximum=1.0)
-    fix_interval_prob: float = option(0.6, 'of those, with a constant step', minimum=0.0, maximum=1.0)
+    video_prob: float = option(
+        0.6, 'probability of views in temporal order', minimum=0.0, maximum=1.0
+    )
+    fix_interval_prob: float = option(
+        0.6, 'of those, with a constant step', minimum=0.0, maximum=1.0
+    )
 
 
 @dataclass(frozen=True)
@@ -62,21 +76,25 @@ class TrainingConfig:
     preset: str = option('tiny', 'network preset')
     model: ModelConfig | None = option(None, 'network sizes instead of those of the preset')
     init: str = option('', "starting weights: file, folder or Hugging Face id; '' = from nothing")
-    loss: str = option('dense', 'objective', choices=('dense', 'stream3r', 'distill'))
+    loss: str = option('dense', 'objective', choices=('dense', 'stream3r', 'distill', 'points'))
     teacher: str = option('', 'weights of the teacher of the distillation')
     freeze: tuple[str, ...] = option((), 'prefixes of parameters that keep their values')
     seed: int = option(0, 'seed of everything')
     precision: str = option('bf16', 'autocast precision', choices=('no', 'bf16', 'fp16'))
     match_layers: tuple[int, ...] = option((), 'global blocks whose first head is taught to match')
     match_weight: float = option(0.2, 'weight of that teaching', minimum=0.0)
-    checkpoint_blocks: bool = option(False, 'recompute the blocks in the backward pass to save memory')
+    checkpoint_blocks: bool = option(
+        False, 'recompute the blocks in the backward pass to save memory'
+    )
     compile_renderer: bool = option(False, 'compile the renderer; needs a C++ compiler on a CPU')
     save_every: int = option(500, 'steps between checkpoints', minimum=1)
     validate_every: int = option(500, 'steps between validations', minimum=1)
     validation_scenes: int = option(20, 'held-out sequences', minimum=1)
     validation_frames: int = option(30, 'frames of each', minimum=2)
     stages: tuple[StageConfig, ...] = field(default_factory=lambda: (StageConfig(),))
-    synthetic_weight: float = option(1.0, 'share of batches drawn from synthetic rooms', minimum=0.0)
+    synthetic_weight: float = option(
+        1.0, 'share of batches drawn from synthetic rooms', minimum=0.0
+    )
     folders: tuple[FolderConfig, ...] = ()
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     dense: DenseLossConfig = field(default_factory=DenseLossConfig)
@@ -99,7 +117,9 @@ def load_recipe(path: str | Path) -> TrainingConfig:
     """Read a YAML recipe."""
     path = Path(path)
     if not path.is_file():
-        raise DataError(f'training recipe {path} does not exist; see config/training/ for examples')
+        raise DataError(
+            f'training recipe {path} does not exist; see config/training/ for examples'
+        )
     values = yaml.safe_load(path.read_text())
     if not isinstance(values, dict):
         raise ConfigError(f'{path}: expected a mapping of training options, got {values!r:.80}')

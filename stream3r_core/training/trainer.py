@@ -18,7 +18,11 @@ from stream3r_core.checkpoints import load_model
 from stream3r_core.config import model_config, to_dict
 from stream3r_core.errors import ConfigError, Stream3rError
 from stream3r_core.model.network import CausalVGGT
-from stream3r_core.training.checkpointing import latest_checkpoint, load_checkpoint, save_checkpoint
+from stream3r_core.training.checkpointing import (
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from stream3r_core.training.data import DataMixture, Visibility
 from stream3r_core.training.initialise import initialise
 from stream3r_core.training.objectives import make_objective
@@ -52,7 +56,9 @@ class Trainer:
         set_learning_rate(
             self.optimizers, learning_rate(self.step, self.config.total_steps, config)
         )
-        sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.accelerator.device))
+        sums: dict[str, Tensor] = defaultdict(
+            lambda: torch.zeros((), device=self.accelerator.device)
+        )
         for part in range(config.accumulate):
             is_last = part == config.accumulate - 1
             with nullcontext() if is_last else self.accelerator.no_sync(self.model):
@@ -70,10 +76,12 @@ class Trainer:
         draw = self.step * self.config.optimizer.accumulate + part
         batch = self.data.batch(self.step, draw)
         sight = Visibility.draw(self.config.stage_at(self.step), self.config.seed, draw)
-        with self.accelerator.autocast(), fast_small_attention(self.accelerator.device):
-            terms = self.objective(self.model, batch, sight)
-        require_finite(sum(terms.values()), self.step)
-        self.accelerator.backward(sum(terms.values()) / self.config.optimizer.accumulate)
+        with fast_small_attention(self.accelerator.device):  # recomputed blocks need it as well
+            with self.accelerator.autocast():
+                terms = self.objective(self.model, batch, sight)
+            loss = sum(terms.values())
+            require_finite(loss, self.step)
+            self.accelerator.backward(loss / self.config.optimizer.accumulate)
         return terms
 
     @torch.no_grad()
@@ -91,7 +99,12 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             save_checkpoint(
-                self.output, self.step, self.network, self.averaged, self.optimizers, to_dict(self.config)
+                self.output,
+                self.step,
+                self.network,
+                self.averaged,
+                self.optimizers,
+                to_dict(self.config),
             )
 
     def resume(self) -> bool:
@@ -102,22 +115,26 @@ class Trainer:
         self.step = load_checkpoint(folder, self.network, self.averaged, self.optimizers)
         return True
 
-    def run(self) -> None:
+    def run(self, stop_at: int | None = None) -> None:
         """Train to the end of the last stage, writing logs, checkpoints and validations."""
         config, main = self.config, self.accelerator.is_main_process
+        last = min(config.total_steps, stop_at or config.total_steps)
         sums: dict[str, Tensor] = defaultdict(float)
         started, since = time.monotonic(), self.step
         bar = tqdm(total=config.total_steps, initial=self.step, unit='step', disable=not main)
-        while self.step < config.total_steps:
+        while self.step < last:
             for name, value in self.train_step().items():
                 sums[name] = sums[name] + value.detach()
             bar.update()
             if self.step % _LOG_EVERY == 0:
                 means = {name: float(value) / (self.step - since) for name, value in sums.items()}
-                self._log({**means, 'seconds': (time.monotonic() - started) / (self.step - since)}, 'train')
+                self._log(
+                    {**means, 'seconds': (time.monotonic() - started) / (self.step - since)},
+                    'train',
+                )
                 bar.set_postfix(loss=f'{means["loss"]:.3f}')
                 sums, started, since = defaultdict(float), time.monotonic(), self.step
-            ends = self.step == config.total_steps
+            ends = self.step == last
             if self.step % config.save_every == 0 or ends:
                 self.save()
             if (self.step % config.validate_every == 0 or ends) and main:

@@ -67,7 +67,10 @@ def _sequence(result: dict[str, Tensor], batch: Batch, b: int) -> dict[str, floa
         'delta': (ratio < 1.25).float().mean().item(),
         'extent_m': extent,
         'fov_error_deg': math.degrees(
-            (2 * torch.atan(width / 2 / K[:, 0, 0]) - 2 * torch.atan(width / 2 / batch.K[b, :, 0, 0]))
+            (
+                2 * torch.atan(width / 2 / K[:, 0, 0])
+                - 2 * torch.atan(width / 2 / batch.K[b, :, 0, 0])
+            )
             .abs()
             .mean()
         ),

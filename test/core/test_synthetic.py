@@ -1,0 +1,147 @@
+"""The synthetic rooms: exact geometry, seeded, and motions that a camera could make."""
+
+import math
+
+import pytest
+import torch
+
+from stream3r_core.errors import ConfigError
+from stream3r_core.geometry import invert_se3, transform_points, unproject_to_world
+from stream3r_core.synthetic import (
+    DRONE,
+    HAND_HELD,
+    WHEELED,
+    ClipConfig,
+    render_sequence,
+    sample_clips,
+)
+from stream3r_core.synthetic.clips import pinhole, texture_pool
+from stream3r_core.synthetic.render import render
+from stream3r_core.synthetic.textures import LEVELS, SIDE, make_textures, sample_textures
+from stream3r_core.synthetic.trajectories import clearance, sample_paths
+from stream3r_core.synthetic.worlds import make_world
+
+SIZE = (24, 32)
+
+
+def scene(seed=0, batch=3, frames=4, moving=0.0):
+    g = torch.Generator().manual_seed(seed)
+    world = make_world(batch, g, 256, moving)
+    time_s = torch.arange(frames).expand(batch, -1) / 5.0
+    T = sample_paths(world, time_s, HAND_HELD, g)
+    K = pinhole(torch.full((batch,), 1.2), *SIZE).repeat_interleave(frames, 0)
+    per_frame = world.repeat_frames(frames, time_s)
+    return (
+        per_frame,
+        T.flatten(0, 1),
+        K,
+        render(per_frame, T.flatten(0, 1), K, SIZE, texture_pool(0)),
+    )
+
+
+def test_every_seen_point_lies_on_a_surface():
+    world, T, K, frames = scene()
+    points = unproject_to_world(frames.depth_m, K, T).flatten(1, 2)
+    distance = clearance(world, points).abs()
+    # The distance to an ellipsoid is a bound only, but zero on its surface all the same.
+    assert distance.quantile(0.999) < 2e-3 and distance.max() < 0.02
+
+
+def test_nothing_stands_between_camera_and_seen_point():
+    world, T, K, frames = scene(seed=3)
+    for share in (0.3, 0.7, 0.97):
+        free = unproject_to_world(frames.depth_m * share, K, T).flatten(1, 2)
+        assert clearance(world, free).quantile(0.001) > 0
+
+
+def test_normals_are_unit_vectors_towards_the_camera_and_follow_the_surface():
+    _, T, K, frames = scene(seed=1)
+    points = unproject_to_world(frames.depth_m, K, T)
+    normal = frames.normal_world.movedim(1, -1)
+    to_camera = T[:, None, None, :3, 3] - points
+    assert (normal.norm(dim=-1) - 1).abs().max() < 1e-4
+    assert ((normal * to_camera).sum(-1) > -1e-4).float().mean() > 0.999
+    # Neighbours on one flat patch differ by vectors perpendicular to their normal.
+    step = points[:, :, 1:] - points[:, :, :-1]
+    same = (normal[:, :, 1:] - normal[:, :, :-1]).norm(dim=-1) < 1e-3
+    same &= frames.instance[:, :, 1:] == frames.instance[:, :, :-1]
+    slope = (step * normal[:, :, 1:]).sum(-1).abs() / step.norm(dim=-1)
+    assert slope[same].quantile(0.9) < 1e-2
+
+
+def test_two_views_agree_about_the_world():
+    _, T, K, frames = scene(seed=5, batch=1, frames=2)
+    points = unproject_to_world(frames.depth_m[:1], K[:1], T[:1])
+    in_other = transform_points(invert_se3(T[1:]), points)
+    pixel = in_other @ K[1].T
+    z = pixel[..., 2]
+    u, v = (pixel[..., :2] / z[..., None]).unbind(-1)
+    inside = (z > 0.1) & (u >= 0) & (u <= SIZE[1] - 1) & (v >= 0) & (v <= SIZE[0] - 1)
+    there = frames.depth_m[1][
+        v.round().clamp(0, SIZE[0] - 1).long(), u.round().clamp(0, SIZE[1] - 1).long()
+    ]
+    assert inside.float().mean() > 0.3
+    relative = ((there - z) / z)[inside]
+    assert relative.abs().median() < 0.02
+    assert (relative > -0.1).float().mean() > 0.9  # hidden points lie behind, never in front
+
+
+def test_the_same_seed_gives_the_same_clips_and_another_seed_others():
+    config = ClipConfig(height=24, width=32, frames=2)
+    a, b, c = (sample_clips(2, config, seed) for seed in (4, 4, 5))
+    assert torch.equal(a.images, b.images) and torch.equal(a.depth_m, b.depth_m)
+    assert (a.images - c.images).abs().mean() > 0.05
+    assert 0 <= a.images.min() and a.images.max() <= 1
+
+
+def test_only_moving_objects_move():
+    still, moving = (scene(seed=2, batch=2, moving=m)[3].moving for m in (0.0, 1.0))
+    assert not still.any() and moving.any() and not moving.all()
+
+
+@pytest.mark.parametrize(('motion', 'fastest'), [(HAND_HELD, 3.0), (WHEELED, 3.0), (DRONE, 6.0)])
+def test_cameras_move_smoothly_and_keep_away_from_things(motion, fastest):
+    g = torch.Generator().manual_seed(8)
+    world = make_world(12, g, 256)
+    time_s = torch.arange(60).expand(12, -1) / 20
+    T = sample_paths(world, time_s, motion, g)
+    eye = torch.eye(3).expand(12, 60, 3, 3)
+    torch.testing.assert_close(T[..., :3, :3] @ T[..., :3, :3].mT, eye, atol=1e-5, rtol=0)
+    assert (torch.linalg.det(T[..., :3, :3]) > 0).all()
+    speed = T[..., :3, 3].diff(dim=1).norm(dim=-1) * 20
+    assert speed.max() < fastest
+    assert (T[..., :3, 3].diff(dim=1).diff(dim=1).norm(dim=-1) * 400).max() < 8 * fastest
+    nearest = clearance(world, T[..., :3, 3]).amin(1)
+    assert (nearest > 0.1).float().mean() >= 0.75 and nearest.median() > 0.2
+    if motion is WHEELED:
+        assert T[..., 2, 3].diff(dim=1).abs().max() < 1e-5
+
+
+def test_textures_repeat_and_blur_without_changing_their_mean():
+    pool = make_textures(3, count=8)
+    uv = torch.rand(200, 2)
+    index = torch.arange(200) % 8
+    near = torch.ones(200)
+    torch.testing.assert_close(
+        sample_textures(pool, index, uv, near),
+        sample_textures(pool, index, uv + torch.tensor([3.0, -2.0]), near),
+        atol=2e-3,
+        rtol=0,
+    )
+    coarse = sample_textures(pool, index, uv, torch.full((200,), 2.0**LEVELS))
+    mean = pool.texels.view(8, -1)[:, : SIDE * SIDE].mean(1)
+    torch.testing.assert_close(coarse, mean[index], atol=1e-4, rtol=0)
+    assert near.shape == coarse.shape
+
+
+def test_a_sequence_is_a_recording_with_truth():
+    recording = render_sequence(seed=1, num_frames=4, height=42, width=56, fps=5.0, fov_deg=90.0)
+    assert recording.images.shape == (4, 42, 56, 3) and recording.images.dtype == torch.uint8
+    assert recording.images.float().std() > 10
+    assert recording.depth_m.min() > 0.02 and recording.depth_m.max() < 12
+    assert [b - a for a, b in zip(recording.stamps_ns, recording.stamps_ns[1:])] == [
+        200_000_000
+    ] * 3
+    assert 2 * math.atan(28 / recording.K[0, 0]) == pytest.approx(math.pi / 2, abs=1e-5)
+    with pytest.raises(ConfigError, match='positive rate'):
+        render_sequence(seed=1, fps=0.0)

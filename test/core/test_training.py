@@ -1,0 +1,239 @@
+"""A miniature training run: the loss falls, a killed run goes on exactly, folders and freezing work."""
+
+import dataclasses
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from stream3r_core.checkpoints import load_model
+from stream3r_core.config import ModelConfig, from_dict, to_dict
+from stream3r_core.errors import CheckpointError, ConfigError, DataError
+from stream3r_core.geometry import unproject_to_world
+from stream3r_core.synthetic import render_sequence
+from stream3r_core.synthetic.folders import write_scene_folder
+from stream3r_core.training.checkpointing import latest_checkpoint
+from stream3r_core.training.data import DataMixture, Visibility, step_seed
+from stream3r_core.training.folders import SceneFolder, choose_views
+from stream3r_core.training.objectives import query_pixels
+from stream3r_core.training.optimizers import learning_rate
+from stream3r_core.training.run import main
+from stream3r_core.training.settings import (
+    FolderConfig,
+    OptimizerConfig,
+    StageConfig,
+    TrainingConfig,
+    load_recipe,
+)
+
+SMALL = ModelConfig(
+    img_size=32,
+    patch_size=8,
+    embed_dim=32,
+    depth=4,
+    num_heads=2,
+    num_register_tokens=1,
+    encoder='conv',
+    camera_trunk_depth=1,
+    camera_heads=2,
+    camera_iterations=2,
+    dpt_features=8,
+    dpt_out_channels=(8, 8, 8, 8),
+    dpt_layers=(0, 1, 2, 3),
+    dpt_head_features_2=8,
+)
+
+
+def recipe(steps=6, **changes):
+    stage = StageConfig(
+        steps=steps, batch=2, frames=(2, 3), size_hw=(24, 32), windows=(0, 2), keep=(1.0, 0.5)
+    )
+    config = TrainingConfig(
+        model=SMALL,
+        precision='no',
+        save_every=3,
+        validate_every=1000,
+        validation_scenes=2,
+        validation_frames=3,
+        stages=(stage,),
+        match_layers=(1,),
+        optimizer=OptimizerConfig(lr=4e-3, warmup_steps=2, ema_decay=0.9),
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def log_of(folder, kind):
+    lines = [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
+    return [line for line in lines if line['kind'] == kind]
+
+
+def tensors_of(folder):
+    from safetensors.torch import load_file
+
+    newest = latest_checkpoint(folder)
+    return {
+        f'{name}.{key}': tensor
+        for name in ('live', 'weights', 'optimizer')
+        for key, tensor in load_file(newest / f'{name}.safetensors').items()
+    }
+
+
+def test_a_resumed_run_ends_with_the_very_same_weights(tmp_path):
+    whole, parts = tmp_path / 'whole', tmp_path / 'parts'
+    main(recipe(steps=6), whole, device='cpu')
+    # The schedule belongs to the recipe: the first half is the same recipe, killed at a checkpoint.
+    main(recipe(steps=6), parts, device='cpu', stop_at=3)
+    assert latest_checkpoint(parts).name == 'step_00000003'
+    main(recipe(steps=6), parts, device='cpu')
+    a, b = tensors_of(whole), tensors_of(parts)
+    assert a.keys() == b.keys() and len(a) > 100
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert json.loads((latest_checkpoint(parts) / 'run.json').read_text())['recipe'] == json.loads(
+        json.dumps(to_dict(recipe(steps=6)))
+    )
+
+
+def test_the_loss_falls_and_the_weights_can_be_loaded(tmp_path):
+    main(recipe(steps=150, save_every=150), tmp_path, device='cpu')
+    first, *_, last = log_of(tmp_path, 'train')
+    assert last['loss'] < 0.85 * first['loss']
+    validation = log_of(tmp_path, 'validation')[-1]
+    assert 0 < validation['abs_rel'] < 1 and validation['static_ate_percent'] > 50
+    model = load_model(None, latest_checkpoint(tmp_path) / 'weights.safetensors')
+    assert model.config == SMALL
+
+
+@pytest.mark.parametrize('loss', ['stream3r', 'distill', 'points'])
+def test_the_published_objectives_train_with_a_frozen_encoder(tmp_path, loss):
+    main(recipe(steps=1, save_every=1), tmp_path / 'start', device='cpu')
+    start = latest_checkpoint(tmp_path / 'start') / 'live.safetensors'
+    before = load_model(None, start).state_dict()
+    config = recipe(
+        steps=2,
+        loss=loss,
+        stages=(StageConfig(steps=2, batch=2, frames=(2,), size_hw=(24, 32), windows=(0, -1)),),
+        init=str(start),
+        teacher=str(start) if loss == 'distill' else '',
+        freeze=('aggregator.patch_embed',),
+        checkpoint_blocks=True,
+        optimizer=OptimizerConfig(lr=1e-3, warmup_steps=0, accumulate=2),
+    )
+    main(config, tmp_path / loss, device='cpu')
+    after = load_model(None, latest_checkpoint(tmp_path / loss) / 'live.safetensors').state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and not any(name.startswith('aggregator.patch_embed') for name in changed)
+    assert any(name.startswith('aggregator.global_blocks') for name in changed)
+    assert any(name.startswith('camera_head') for name in changed) == (loss != 'points')
+
+
+def test_batches_depend_on_seed_draw_and_process_only():
+    config = recipe()
+    a, b = DataMixture(config, 0), DataMixture(config, 1)
+    assert torch.equal(a.batch(4, 4).images, DataMixture(config, 0).batch(4, 4).images)
+    assert a.batch(4, 4).images.shape == b.batch(4, 4).images.shape
+    assert not torch.equal(a.batch(4, 4).images, b.batch(4, 4).images)
+    assert (
+        len({step_seed(1, draw, process) for draw in range(300) for process in range(4)}) == 1200
+    )
+    draws = {Visibility.draw(config.stages[0], 0, i).mode for i in range(40)}
+    assert draws == {'causal', 'window'}
+
+
+def test_held_out_rooms_and_textures_are_never_trained_on():
+    config = recipe()
+    data = DataMixture(config)
+    held_out = torch.cat([b.images for b in data.held_out(0)])
+    assert held_out.shape[:2] == (2, 3)
+    assert all(data.held_out(0)[i] is data.held_out(0)[i] for i in range(len(data.held_out(0))))
+    assert step_seed(123456, 10**9, 63) < 1 << 40
+
+
+def test_written_scenes_are_read_back_with_their_geometry(tmp_path):
+    recording = render_sequence(seed=2, num_frames=5, height=48, width=64)
+    write_scene_folder(recording, tmp_path / 'room')
+    config = FolderConfig(path=str(tmp_path), max_interval=1, video_prob=1.0)
+    batch = SceneFolder(config).batch(2, 3, (24, 32), seed=0)
+    assert batch.images.shape == (2, 3, 3, 24, 32)
+    points = unproject_to_world(batch.depth, batch.K, batch.T_world_camera)
+    everything = unproject_to_world(recording.depth_m, recording.K, recording.T_world_camera)
+    nearest = torch.cdist(points[0, 0].reshape(-1, 3), everything.reshape(-1, 3)).amin(1)
+    assert nearest.quantile(0.95) < 0.08
+    assert torch.equal(SceneFolder(config).batch(2, 3, (24, 32), seed=0).depth, batch.depth)
+
+
+def test_mixed_data_comes_from_both_sources(tmp_path):
+    write_scene_folder(
+        render_sequence(seed=2, num_frames=4, height=48, width=64), tmp_path / 'room'
+    )
+    config = recipe(folders=(FolderConfig(path=str(tmp_path), weight=1.0),), synthetic_weight=1.0)
+    data = DataMixture(config)
+    heights = {float(data.batch(0, i).T_world_camera[0, 0, 2, 3]) for i in range(12)}
+    recorded = {round(float(z), 5) for z in render_sequence(2, 4, 48, 64).T_world_camera[:, 2, 3]}
+    from_folder = [h for h in heights if round(h, 5) in recorded]
+    assert from_folder and len(from_folder) < len(heights)
+
+
+@pytest.mark.parametrize('total', [3, 10, 200])
+def test_views_are_videos_or_collections_within_the_scene(total):
+    rng = random.Random(0)
+    for _ in range(50):
+        video = choose_views(total, 5, rng, 20, 1.0, 0.0)
+        loose = choose_views(total, 5, rng, 20, 0.0, 0.0)
+        assert all(0 <= i < total for i in video + loose) and len(video) == len(loose) == 5
+        if total >= 5:
+            assert video == sorted(video) and len(set(loose)) == 5
+            assert max(np.diff(video)) <= 20
+    steady = choose_views(200, 5, rng, 20, 1.0, 1.0)
+    assert len(set(np.diff(steady))) == 1
+
+
+def test_query_pixels_are_known_pixels():
+    valid = torch.zeros(2, 8, 10, dtype=torch.bool)
+    valid[0, 2:8, 3:] = True
+    valid[1, 0, 0] = True
+    queries = query_pixels(valid, 20)
+    x, y = queries[0].long().unbind(-1)
+    assert valid[0, y, x].all() and len(queries[0].unique(dim=0)) == 20
+    assert (queries[1] == 0).all()
+
+
+def test_the_schedule_warms_up_and_decays():
+    config = OptimizerConfig(lr=1.0, min_lr=0.1, warmup_steps=10)
+    rates = [learning_rate(step, 100, config) for step in range(101)]
+    assert rates[9] == pytest.approx(1.0) and rates[0] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:])) and rates[100] == pytest.approx(0.1)
+
+
+def test_every_shipped_recipe_can_be_read():
+    from pathlib import Path
+
+    folder = Path(__file__).parents[2] / 'config' / 'training'
+    names = {path.stem: load_recipe(path) for path in sorted(folder.glob('*.yaml'))}
+    assert {'tiny_synthetic', 'finetune_stream3r', 'finetune_vggt', 'distill_streamvggt'} <= set(
+        names
+    )
+    assert names['distill_streamvggt'].loss == 'distill'
+    assert names['finetune_stream3r'].freeze == ('aggregator.patch_embed',)
+
+
+def test_wrong_recipes_say_what_is_wrong(tmp_path):
+    with pytest.raises(DataError, match='does not exist'):
+        load_recipe(tmp_path / 'none.yaml')
+    with pytest.raises(ConfigError, match='teacher'):
+        main(recipe(loss='distill'), tmp_path / 'a', device='cpu')
+    with pytest.raises(ConfigError, match='no parameter starts with'):
+        main(recipe(freeze=('nonsense',)), tmp_path / 'b', device='cpu')
+    with pytest.raises(ConfigError, match='unknown option'):
+        from_dict(TrainingConfig, {'learning_rate': 3})
+    with pytest.raises(ConfigError, match='carry a camera'):
+        DataMixture(recipe(stages=(StageConfig(kinds=('teleport',)),))).batch(0, 0)
+    with pytest.raises(DataError, match='no scene found'):
+        SceneFolder(FolderConfig(path=str(tmp_path)))
+    with pytest.raises(ConfigError, match='no training data'):
+        DataMixture(recipe(synthetic_weight=0.0))
+    broken = tmp_path / 'c' / 'step_00000003'
+    broken.mkdir(parents=True)
+    with pytest.raises(CheckpointError, match='not a complete'):
+        main(recipe(), tmp_path / 'c', device='cpu')
