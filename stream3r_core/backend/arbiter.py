@@ -1,0 +1,183 @@
+"""Which loops may move the map: false ones are worse than none.
+
+A proposed loop passes through four hands.
+
+1. Neighbours: it waits until another loop between nearby submaps agrees with it.
+2. Drift: the graph takes it in when the drift that may have gathered between its ends explains it
+   (Mahalanobis distance with marginal covariances); otherwise it is doubted.
+3. Trial: in the graph it pulls with full force until all is settled. A robust kernel from the
+   start would hold a true loop off after much drift. Then the solution judges: it is switched off
+   where the other loops contradict it, else it is kept, with a Cauchy kernel.
+4. Contest: where several doubted loops agree with each other, they get in together, and the side
+   with more loops wins. Doubted loops are also tried again, one by one, as the graph changes.
+
+A max-mixture of two components in the sense of Olson and Agarwal, Inference on networks of
+mixtures for robust robot mapping (2013), with agreement between loops in place of a prior.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
+import numpy as np
+
+from stream3r_core.backend.config import GraphConfig, LoopConfig
+from stream3r_core.backend.pose_graph import Edge, PoseGraph, moved
+from stream3r_core.errors import InputError
+
+LIKELY = 24.3  # squared distance that 99.9 % of 7-dimensional Gaussian errors stay below
+_MAX_TIMES_OFF = 3  # that a loop is switched off before it is forgotten
+_RETRIES = 2  # doubted loops tried again per update
+_CONTEST_STEPS = 8
+
+
+class LoopArbiter:
+    """Decides on loops and optimises the graph step by step."""
+
+    def __init__(self, graph: PoseGraph, loops: LoopConfig | None = None):
+        self.graph = graph
+        self.config: GraphConfig = graph.config
+        self.loop_config = loops or LoopConfig()
+        self.waiting: deque[Edge] = deque(maxlen=self.loop_config.max_pending)
+        self.doubted: deque[Edge] = deque(maxlen=self.config.max_dormant)
+        self._proposed: list[Edge] = []
+        self._last_speaker: Edge | None = None  # the newest doubted loop that had its contest
+        self._limit = LIKELY * self.config.inflation**2
+
+    def propose(self, i: int, j: int, S_i_j: np.ndarray, covariance: np.ndarray) -> Edge:
+        """Propose a loop: submap ``j`` lies at ``S_i_j`` [4, 4] in ``i``; covariance [7, 7]."""
+        self.graph.check(i, j)
+        if i == j:
+            raise InputError(f'a loop needs two submaps, got {i} twice')
+        if not (np.isfinite(S_i_j).all() and np.isfinite(covariance).all()):
+            raise InputError(f'the loop between submaps {i} and {j} is not finite; leave it out')
+        edge = Edge('loop', (i, j), np.array(S_i_j, float), np.array(covariance, float))
+        self._proposed.append(edge)
+        return edge
+
+    def optimise(self) -> bool:
+        """Take in what was added and improve all poses; return whether any may have moved.
+
+        Bounded work: where it does not settle in ``max_iterations`` steps the next call goes on.
+        """
+        graph = self.graph
+        if not (graph.has_news or self._proposed or not graph.is_settled):
+            return False
+        moves = graph.moves_on_step
+        if graph.has_news or not graph.is_settled:
+            graph.step()
+        if likely := self._likely(self._supported()):
+            self._enter(likely)
+            moves = True
+        if not moves:
+            return False
+        for _ in range(self.config.max_iterations - 1):
+            if not graph.is_settled:
+                graph.step()
+        if graph.is_settled and not self._judge():
+            self._retry()
+            self._contest()
+        return True
+
+    def _supported(self) -> list[Edge]:
+        """Proposed loops, and waiting ones, that neighbours agree with."""
+        proposed, self._proposed = self._proposed, []
+        supported = []
+        for edge in proposed:
+            others = (*supported, *reversed(self.waiting), *self.graph.loops, *self.doubted)
+            friends = list(islice(self._friends(edge, others), self.loop_config.min_support))
+            if len(friends) < self.loop_config.min_support:
+                self.waiting.append(edge)
+                continue
+            supported.append(edge)
+            for friend in friends:
+                if friend in self.waiting:
+                    self.waiting.remove(friend)
+                    supported.append(friend)
+        return supported
+
+    def _friends(self, edge: Edge, others: Iterable[Edge]) -> Iterator[Edge]:
+        """Loops between nearby submaps that agree with this one."""
+        reach = self.loop_config.neighbours
+        for other in others:
+            is_near = all(abs(a - b) <= reach for a, b in zip(edge.keys, other.keys))
+            if is_near and other is not edge and self.graph.disagreement(edge, other) <= LIKELY:
+                yield other
+
+    def _likely(self, loops: list[Edge]) -> list[Edge]:
+        """Those loops that gathered drift explains; the others are doubted."""
+        likely = []
+        for edge in loops:
+            if self.graph.distance(edge) <= self._limit:
+                likely.append(edge)
+            else:
+                self.doubted.append(edge)
+        return likely
+
+    def _enter(self, loops: list[Edge]) -> None:
+        for edge in loops:
+            edge.on_trial = True
+        self.graph.step(loops)
+
+    def _judge(self) -> bool:
+        """Switch off the loop that the solution contradicts most; give new ones their kernel."""
+        graph, loops = self.graph, self.graph.loops
+        if not loops:
+            return False
+        tension = graph.tensions(loops)
+        worst = int(tension.argmax())
+        off = [loops[worst]] if tension[worst] > self._limit else []
+        proved = [edge for edge in loops if edge.on_trial and edge not in off]
+        if not (off or proved):
+            return False
+        for edge in proved:
+            edge.on_trial = False
+        graph.step(proved, without=[*proved, *off])
+        for edge in off:
+            edge.times_off += 1
+            if edge.times_off < _MAX_TIMES_OFF:
+                self.doubted.append(edge)
+        graph.is_settled &= not off  # others may follow
+        return bool(off)
+
+    def _retry(self) -> None:
+        tried = [self.doubted.popleft() for _ in range(min(_RETRIES, len(self.doubted)))]
+        if likely := self._likely(tried):
+            self._enter(likely)
+            self.graph.is_settled = False
+
+    def _contest(self) -> None:
+        """Let doubted loops that agree with each other in, if more loops hold then than before."""
+        graph = self.graph
+        if not self.doubted or self.doubted[-1] is self._last_speaker:
+            return
+        self._last_speaker = self.doubted[-1]
+        side = [self._last_speaker, *self._friends(self._last_speaker, list(self.doubted))]
+        if len(side) < 2:
+            return
+        before, poses, doubted = list(graph.edges), graph.poses(), list(self.doubted)
+        state = [(edge, edge.on_trial, edge.times_off) for edge in (*graph.loops, *doubted)]
+        count = len(graph.loops)
+        for edge in side:
+            self.doubted.remove(edge)
+        self._enter(side)
+        for _ in range(_CONTEST_STEPS):
+            if not graph.is_settled:
+                graph.step()
+            elif not self._judge():
+                break
+        if len(graph.loops) <= count:
+            for edge, on_trial, times_off in state:
+                edge.on_trial, edge.times_off = on_trial, times_off
+            self.doubted = deque(doubted, self.doubted.maxlen)
+            graph.rebuild(before, poses)
+
+    def fold(self, pairs: list[tuple[int, int]]) -> None:
+        """Fold submaps (key, into), see :meth:`PoseGraph.fold`, and the loops in hand."""
+        for key, into in pairs:
+            S_into_key = self.graph.folding(key, into)
+            for loops in (self.waiting, self.doubted, self._proposed):
+                kept = [e for edge in loops if (e := moved(edge, key, into, S_into_key))]
+                loops.clear()
+                loops.extend(kept)
+        self.graph.fold(pairs)
