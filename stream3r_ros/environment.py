@@ -23,8 +23,12 @@ def prepare_environment(environ: MutableMapping[str, str] = os.environ) -> None:
       most best-effort messages above 500 kB. A profile or transport that the user chose is kept;
       an empty value, which Fast DDS would report as broken XML, counts as none.
     - Logs go to the temporary folder where there is no home, without which rclpy does not start.
+    - Threads of PyTorch that wait for each other sleep instead of spinning (read when torch is
+      imported): on a processor with other work, camera and RViz say, spinning costs many times
+      the frame itself.
     """
     _choose_dds_profile(environ)
+    environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
     if not any(environ.get(name) for name in LOG_VARIABLES):
         environ['ROS_LOG_DIR'] = os.path.join(tempfile.gettempdir(), 'ros_log')
 

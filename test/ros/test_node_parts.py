@@ -17,6 +17,7 @@ from stream3r_ros.diagnostics import (
     ReconstructionFigures,
     diagnostic_array,
 )
+from stream3r_ros.environment import prepare_environment
 from stream3r_ros.logging_bridge import RosLogHandler
 from stream3r_ros.options import read_options
 from stream3r_ros.parameters import nest
@@ -204,6 +205,13 @@ def test_the_variants_are_a_few_valid_options(name):
     assert values['session']['mode'] == name
     assert len(flatten_mapping(values)) <= 5
     assert nest(flatten_mapping(values)) == values
+
+
+def test_waiting_threads_sleep_unless_the_user_wants_them_to_spin():
+    fresh, chosen = {}, {'OMP_WAIT_POLICY': 'ACTIVE'}
+    for environ in (fresh, chosen):
+        prepare_environment(environ)
+    assert (fresh['OMP_WAIT_POLICY'], chosen['OMP_WAIT_POLICY']) == ('PASSIVE', 'ACTIVE')
 
 
 class Logger:
