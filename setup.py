@@ -10,7 +10,7 @@ setup(
     packages=find_packages(
         include=['stream3r_core', 'stream3r_core.*', 'stream3r_ros', 'stream3r_ros.*']
     ),
-    package_data={'stream3r_core': ['weights/*']},
+    package_data={'stream3r_core': ['weights/*', 'evaluation/*.yaml']},
     data_files=[
         ('share/ament_index/resource_index/packages', ['resource/' + package_name]),
         ('share/' + package_name, ['package.xml']),
@@ -32,6 +32,7 @@ setup(
         'tqdm',
         'matplotlib',
         'evo',
+        'scipy',
     ],
     extras_require={
         'test': ['pytest', 'hypothesis', 'ruff', 'triton'],

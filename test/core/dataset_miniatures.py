@@ -23,38 +23,43 @@ class Scene:
 
     K: np.ndarray
     seed: int = 0
+    size_hw: tuple[int, int] = (HEIGHT, WIDTH)
+    num_frames: int = NUM_FRAMES
     images: np.ndarray = field(init=False)  # [3, H, W, 3] uint8
     T_world_camera: np.ndarray = field(init=False)  # [3, 4, 4]
     depth_m: np.ndarray = field(init=False)  # [3, H, W]
 
     def __post_init__(self):
         rng = np.random.default_rng(self.seed)
-        self.images = rng.integers(0, 256, (NUM_FRAMES, HEIGHT, WIDTH, 3), dtype=np.uint8)
-        self.T_world_camera = np.tile(np.eye(4), (NUM_FRAMES, 1, 1))
-        rotvecs = rng.normal(0, 0.1, (NUM_FRAMES, 3))
+        count = self.num_frames
+        self.images = rng.integers(0, 256, (count, *self.size_hw, 3), dtype=np.uint8)
+        self.T_world_camera = np.tile(np.eye(4), (count, 1, 1))
+        rotvecs = rng.normal(0, 0.1, (count, 3))
         self.T_world_camera[:, :3, :3] = Rotation.from_rotvec(rotvecs).as_matrix()
-        self.T_world_camera[:, :3, 3] = rng.normal(0, 0.3, (NUM_FRAMES, 3))
-        self.depth_m = np.stack([plane_depth(T, self.K) for T in self.T_world_camera])
+        self.T_world_camera[:, :3, 3] = rng.normal(0, 0.3, (count, 3))
+        self.depth_m = np.stack(
+            [plane_depth(T, self.K, self.size_hw) for T in self.T_world_camera]
+        )
 
     @property
     def T_camera_world(self):
         return np.linalg.inv(self.T_world_camera)
 
 
-def pixel_rays(K):
+def pixel_rays(K, size_hw):
     """K^-1 (u, v, 1) of integer pixels [H, W, 3]."""
-    u, v = np.meshgrid(np.arange(WIDTH), np.arange(HEIGHT))
+    u, v = np.meshgrid(np.arange(size_hw[1]), np.arange(size_hw[0]))
     return np.stack([u, v, np.ones_like(u)], -1) @ np.linalg.inv(K).T
 
 
-def plane_depth(T_world_camera, K):
-    rays = pixel_rays(K) @ T_world_camera[:3, :3].T
+def plane_depth(T_world_camera, K, size_hw):
+    rays = pixel_rays(K, size_hw) @ T_world_camera[:3, :3].T
     return (OFFSET_M - NORMAL @ T_world_camera[:3, 3]) / (rays @ NORMAL)
 
 
 def distance_to_plane_m(depth_m, K, T_world_camera):
     """Distance of the unprojected depth [H, W] to the plane."""
-    camera = pixel_rays(K) * depth_m[..., None]
+    camera = pixel_rays(K, depth_m.shape) * depth_m[..., None]
     world = camera @ T_world_camera[:3, :3].T + T_world_camera[:3, 3]
     return np.abs(world @ NORMAL - OFFSET_M) / np.linalg.norm(NORMAL)
 
@@ -91,8 +96,9 @@ def camera(fx=30.0, fy=31.0, cx=15.5, cy=11.0):
     return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]])
 
 
-def seven_scenes(root):
-    scene = Scene(np.array([[525, 0, 320], [0, 525, 240], [0, 0, 1.0]]))
+def seven_scenes(root, size_hw=(HEIGHT, WIDTH)):
+    K = np.array([[525, 0, 320], [0, 525, 240], [0, 0, 1.0]])
+    scene = Scene(K, size_hw=size_hw)
     folder = root / 'chess' / 'seq-03'
     for i in range(NUM_FRAMES):
         base = folder / f'frame-{i:06d}'
@@ -338,12 +344,12 @@ def euroc(root):
     return scene
 
 
-def co3d(root, intrinsics_format='ndc_isotropic'):
-    scene = Scene(camera())
+def co3d(root, intrinsics_format='ndc_isotropic', num_frames=NUM_FRAMES):
+    scene = Scene(camera(), num_frames=num_frames)
     half = np.array([WIDTH, HEIGHT]) / 2
     scale = np.full(2, half.min()) if intrinsics_format == 'ndc_isotropic' else half
     entries = []
-    for i in range(NUM_FRAMES):
+    for i in range(num_frames):
         image = f'apple/110_13051_23361/images/frame{i + 1:06d}.jpg'
         depth = f'apple/110_13051_23361/depths/frame{i + 1:06d}.jpg.geometric.png'
         save_jpg(root / image, scene.images[i])

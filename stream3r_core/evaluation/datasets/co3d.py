@@ -91,3 +91,17 @@ def _load_depth(path: Path, scale_adjustment: float) -> np.ndarray:
 
 
 DATASET = Dataset('<category>/frame_annotations.jgz and <category>/<sequence>/images', find, read)
+
+# Held out in the published training split; the other 41 categories are the "seen" ones.
+UNSEEN_CATEGORIES = (
+    'ball',
+    'book',
+    'couch',
+    'frisbee',
+    'hotdog',
+    'kite',
+    'remote',
+    'sandwich',
+    'skateboard',
+    'suitcase',
+)

@@ -1,0 +1,79 @@
+"""Many jobs: one that fails, or dies, stops none."""
+
+import os
+
+import pytest
+
+from stream3r_core.errors import ConfigError, DataError, MissingDependencyError
+from stream3r_core.evaluation.jobs import run_jobs
+
+
+def give(value):
+    return value
+
+
+def refuse():
+    raise DataError('the bag is empty; record it anew')
+
+
+def stumble():
+    raise ZeroDivisionError('a bug')
+
+
+def die():
+    os._exit(9)
+
+
+def outcomes(jobs, **options):
+    return {outcome.name: outcome for outcome in run_jobs(jobs, **options)}
+
+
+def one():
+    return give(1)
+
+
+def two():
+    return give(2)
+
+
+MIXED = {'a': one, 'bad': refuse, 'bug': stumble, 'b': two}
+
+
+@pytest.mark.parametrize('num_workers', [0, 2])
+def test_failures_stay_alone_and_say_why(num_workers):
+    done = outcomes(MIXED, num_workers=num_workers)
+    assert (done['a'].value, done['b'].value) == (1, 2)
+    assert done['bad'].failure == 'the bag is empty; record it anew'
+    assert 'ZeroDivisionError: a bug' in done['bug'].failure
+    assert set(done) == set(MIXED)
+
+
+def test_a_process_that_is_killed_takes_no_other_job_with_it():
+    done = outcomes({'a': one, 'killed': die, 'b': two}, num_workers=1)
+    assert (done['a'].value, done['b'].value) == (1, 2)
+    assert 'fewer workers' in done['killed'].failure
+
+
+def test_nothing_to_do_and_nonsense():
+    assert outcomes({}) == {}
+    with pytest.raises(ConfigError, match='>= 0'):
+        outcomes(MIXED, num_workers=-1)
+
+
+def test_an_address_without_ray_is_refused_with_the_remedy(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, 'ray', None)
+    with pytest.raises(MissingDependencyError, match='pip install'):
+        outcomes(MIXED, ray_address='auto')
+
+
+def test_the_same_outcomes_on_a_ray_cluster():
+    ray = pytest.importorskip('ray', reason="needs Ray: pip install 'stream3r_ros[ray]'")
+    try:
+        done = outcomes({**MIXED, 'killed': die}, ray_address='local')
+    finally:
+        ray.shutdown()
+    assert (done['a'].value, done['b'].value) == (1, 2)
+    assert done['bad'].failure == 'the bag is empty; record it anew'
+    assert 'Ray worker failed' in done['killed'].failure
