@@ -5,14 +5,16 @@ from dataclasses import dataclass
 
 import torch
 
-from stream3r_core.cache.token_pool import TokenPool
+from stream3r_core.cache.token_pool import NARROW, TokenPool
 from stream3r_core.cache.working import Layout, WorkingCache
 from stream3r_core.config import CacheConfig
 from stream3r_core.errors import CacheError
 from stream3r_core.kernels.merge import MergeRule
 
 DEFAULT_FRAMES = 23  # the default budget: keys and values of this many frames
-TOKENS_PER_VOXEL = 4  # per layer and head; about 5 were published for an unbounded pool
+# Token slots per voxel, layer and head. A room seen for long has about 5 (published), new space 1
+# or 2. Too few slots cost rows, and too many cost nothing but the slots that stay empty.
+TOKENS_PER_VOXEL = 2
 META = torch.device('meta')
 
 
@@ -66,16 +68,26 @@ def make_plan(
         _check_budget(config, budget, fixed)
         return plan
     plan = dataclasses.replace(plan, carry=max(8, frame_tokens // 8))
-    base = _pool_bytes(plan, 1, 1)
-    per_token = _pool_bytes(plan, 2, 1) - base
-    per_voxel = _pool_bytes(plan, 1, 2) - base
-    per_voxel += TOKENS_PER_VOXEL * per_token
-    voxels = (budget - fixed - base) // per_voxel
-    if not config.bounded:
-        voxels = max(voxels, frame_tokens)
     smallest = -(-frame_tokens // TOKENS_PER_VOXEL)
-    _check_budget(config, budget, fixed + base + (smallest * per_voxel if config.bounded else 0))
+    voxels = _affordable_voxels(plan, budget - fixed)
+    if config.bounded and voxels < smallest:
+        needed = fixed + _pool_bytes(plan, TOKENS_PER_VOXEL * smallest, smallest)
+        _check_budget(config, budget, needed)
+    voxels = max(voxels, smallest)
     return dataclasses.replace(plan, pool_tokens=TOKENS_PER_VOXEL * voxels, pool_voxels=voxels)
+
+
+def _affordable_voxels(plan: Plan, room: int) -> int:
+    """Return how many voxels, with their token slots, fit into ``room`` bytes."""
+    for start in (1, NARROW):  # with narrow indices, if the pool is small enough, or wide ones
+        base = _pool_bytes(plan, start, start)
+        per_token = _pool_bytes(plan, start + 1, start) - base
+        per_voxel = _pool_bytes(plan, start, start + 1) - base
+        fixed = base - start * (per_token + per_voxel)
+        voxels = (room - fixed) // (per_voxel + TOKENS_PER_VOXEL * per_token)
+        if TOKENS_PER_VOXEL * voxels < NARROW:
+            break
+    return voxels
 
 
 def _check_budget(config: CacheConfig, budget: int, needed: int) -> None:

@@ -21,6 +21,7 @@ from stream3r_core.cache import voxel_value
 from stream3r_core.cache.voxel_table import NOWHERE, VoxelTable
 from stream3r_core.kernels.merge import Buffers, Merged, MergeRule, Pivots, Tokens, merge
 
+NARROW = 1 << 15  # indices below fit into 16 bits
 TILE_BYTES = 1 << 29  # float32 workspace of one tile of groups
 
 
@@ -72,9 +73,9 @@ class TokenPool:
         self.k = full(0, G, N + 1, head_dim, dtype=dtype)
         self.v = full(0, G, N + 1, head_dim, dtype=dtype)
         self.weight, self.score_sum, self.count = (full(0, G, N + 1) for _ in range(3))
-        self.owner = full(-1, G, N + 1, dtype=torch.int32)  # voxel slot, -1: free
+        self.owner = full(-1, G, N + 1, dtype=index_type(num_voxels))  # voxel slot, -1: free
         entries = rule.num_pivots + rule.buffer_size - 1
-        self.table = full(-1, G, num_voxels + 1, entries, dtype=torch.int32)
+        self.table = full(-1, G, num_voxels + 1, entries, dtype=index_type(N))
         self.voxels = VoxelTable(num_voxels, device)
         self.value = full(0, num_voxels)  # what eviction goes by, see cache/voxel_value.py
         self.carried = Dropped(
@@ -333,6 +334,11 @@ class _Rows(NamedTuple):
         slots = slots[:, :R]
         flat = (local + offset).where(slot >= 0, g * R)
         return cls(slots.where(slots >= 0, num_voxels), slots >= 0, flat)
+
+
+def index_type(largest: int) -> torch.dtype:
+    """Return the narrowest type that holds -1 to ``largest``."""
+    return torch.int16 if largest < NARROW else torch.int32
 
 
 def counted_on_host(device: torch.device) -> bool:
