@@ -17,17 +17,20 @@ from tqdm import tqdm
 
 from stream3r_core.errors import DataError, InputError, Stream3rError
 from stream3r_ros.bag import COMPRESSED_IMAGE, RAW_IMAGE, BagMessage, BagReader
+from stream3r_ros.conversions import stamp_ns
 from stream3r_ros.environment import prepare_environment
 from stream3r_ros.messages import MessageFactory, rclpy_class, rclpy_messages, rosbags_messages
 from stream3r_ros.qos import Qos
-from stream3r_ros.sources import Source, file_source, is_one_bag
+from stream3r_ros.sources import DEFAULT_RATE_HZ, Source, file_source, is_one_bag
 
+IMAGES = (RAW_IMAGE, COMPRESSED_IMAGE)
 TRANSFORMS = 'tf2_msgs/msg/TFMessage'
 GROUND_TRUTH = '/ground_truth'
 WORLD_FRAMES = ('map', 'odom', 'earth', 'world')  # of REP-105, and the one of simulators
 FILES_TOPIC = 'image'  # what a node subscribes to that is not remapped
 LATCHED_SET = Qos(depth=100, latched=True)  # all static transforms of a bag, however many messages
 ACKNOWLEDGE_S = 5.0
+ANSWER_S = 30.0  # lockstep goes on without the answer to an image after this time
 QUIET_S = 0.3  # a node's subscriptions are discovered one after the other
 
 
@@ -120,11 +123,14 @@ class FilesProgramme:
             yield Outgoing(FILES_TOPIC, frame.stamp_ns, image)
 
 
-def play(node: Any, programme: Programme, rate: float, patience_s: float) -> int:
+def play(
+    node: Any, programme: Programme, rate: float, patience_s: float, in_lockstep: bool = False
+) -> int:
     """Publish a programme at ``rate`` times its own pace; return how many messages went out.
 
     Begins when somebody subscribes to one of its images, or raises :class:`Stream3rError` when
-    nobody does within ``patience_s``. Ends when reliable subscribers have got everything.
+    nobody does within ``patience_s``. ``in_lockstep`` holds the next message back until the
+    transform that answers an image has come. Ends when reliable subscribers have got everything.
     """
     publishers = {
         topic: node.create_publisher(
@@ -132,22 +138,57 @@ def play(node: Any, programme: Programme, rate: float, patience_s: float) -> int
         )
         for topic, kind in programme.topics.items()
     }
+    answers = _Answers(node) if in_lockstep else None
     _wait_for_subscriber(programme, publishers, patience_s)
     num_sent, start_s, first_ns = 0, time.monotonic(), None
     with tqdm(total=programme.num_messages, unit='msg', disable=None) as bar:
         for item in programme:
             first_ns = item.due_ns if first_ns is None else first_ns
             _sleep_until(start_s + (item.due_ns - first_ns) / 1e9 / rate)
-            publishers[item.topic].publish(item.message)
+            publisher = publishers[item.topic]
+            publisher.publish(item.message)
             num_sent += 1
             bar.update()
+            is_image = programme.topics[item.topic] in IMAGES
+            if answers is not None and is_image and publisher.get_subscription_count():
+                answers.wait_for(header_stamp_ns(item.message))
     _wait_for_receipt(publishers.values())
     return num_sent
 
 
+def header_stamp_ns(message: Any) -> int:
+    """Return the stamp of a message that begins with a header, or of its CDR bytes."""
+    from rclpy.serialization import deserialize_message
+
+    if isinstance(message, bytes):
+        message = deserialize_message(message, rclpy_class('std_msgs/msg/Header'))
+    return stamp_ns(message)
+
+
+class _Answers:
+    """Follows the transforms that a node publishes, to know which image it has dealt with."""
+
+    def __init__(self, node: Any):
+        self._node = node
+        self._latest_ns = -1
+        node.create_subscription(rclpy_class(TRANSFORMS), '/tf', self._take, 100)
+
+    def wait_for(self, image_ns: int) -> None:
+        """Wait for the transform of an image, in vain if the node has refused it."""
+        import rclpy
+
+        end = time.monotonic() + ANSWER_S
+        while self._latest_ns < image_ns and time.monotonic() < end:
+            rclpy.spin_once(self._node, timeout_sec=0.1)
+
+    def _take(self, message: Any) -> None:
+        stamps = [stamp_ns(transform) for transform in message.transforms]
+        self._latest_ns = max([self._latest_ns, *stamps])
+
+
 def _wait_for_subscriber(programme: Programme, publishers: dict, patience_s: float) -> None:
     """Wait until an image has a subscriber, and then until no more subscriptions come in."""
-    images = [t for t, kind in programme.topics.items() if kind in (RAW_IMAGE, COMPRESSED_IMAGE)]
+    images = [topic for topic, kind in programme.topics.items() if kind in IMAGES]
     awaited = images or list(publishers)
     end = time.monotonic() + patience_s
     counts, quiet_since = {}, time.monotonic()
@@ -200,6 +241,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument('--rate', type=float, default=1.0, help='times the recorded pace')
     parser.add_argument(
+        '--frame-rate',
+        type=float,
+        default=DEFAULT_RATE_HZ,
+        metavar='HZ',
+        help='of image files whose names are no stamps (default: %(default)g)',
+    )
+    parser.add_argument(
+        '--lockstep',
+        action='store_true',
+        help='send the next image when the transform of the last one has come, so that a node '
+        'of any speed takes every image',
+    )
+    parser.add_argument(
         '--topics', nargs='+', default=[], metavar='TOPIC', help='play these of a bag only'
     )
     parser.add_argument(
@@ -209,17 +263,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Play until the end, SIGINT or SIGTERM; return the exit code."""
-    if not args.rate > 0:
-        raise Stream3rError(f'--rate must be positive, got {args.rate}')
+    for name in ('rate', 'frame_rate'):
+        if not (value := getattr(args, name)) > 0:
+            raise Stream3rError(f'--{name.replace("_", "-")} must be positive, got {value}')
     prepare_environment()
     with ExitStack() as stack:
         if is_one_bag(args.input):
             bag = stack.enter_context(BagReader(args.input[0]))
             programme = BagProgramme(bag, args.topics)
         else:
-            programme = FilesProgramme(file_source(args.input))
+            programme = FilesProgramme(file_source(args.input, args.frame_rate))
         with interruptible_ros(args.ros_args) as create_node:
-            num_sent = play(create_node('player'), programme, args.rate, args.timeout)
+            num_sent = play(
+                create_node('player'), programme, args.rate, args.timeout, args.lockstep
+            )
             print(f'played {num_sent} messages')
     return 0
 

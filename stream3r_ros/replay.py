@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         folder = output_folder(args.output, names, args.overwrite, args.input)
         write_options(folder / CONFIG, config)
         print(f'{source.name}: {source.num_frames} images; weights: {model.weights_info.source}')
-        with _first_interrupt_ends_the_loop() as is_interrupted:
+        with first_interrupt_ends_the_loop() as is_interrupted:
             report = replay(source, model, config, folder, is_interrupted)
         if report.images_out:
             _judge(report, read_trajectory(folder / TRAJECTORY), truth, bag, args.ground_truth)
@@ -223,7 +223,7 @@ def _photo_predictions(frames, model, config: NodeConfig, voxel_map: VoxelMap):
 
 
 @contextmanager
-def _first_interrupt_ends_the_loop() -> Iterator[Callable[[], bool]]:
+def first_interrupt_ends_the_loop() -> Iterator[Callable[[], bool]]:
     """Let the first Ctrl-C or SIGTERM finish the image at hand; the second acts as usual."""
     received = []
 

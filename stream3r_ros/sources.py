@@ -171,10 +171,15 @@ def is_one_bag(inputs: Sequence[str]) -> bool:
     return len(inputs) == 1 and is_bag(inputs[0])
 
 
+def camera_info_name(name: str, image_topic: str) -> str:
+    """Return the topic that ``name`` means; 'auto' is the one beside the image topic."""
+    if name != 'auto':
+        return name
+    return image_topic.removesuffix('/compressed').rpartition('/')[0] + '/camera_info'
+
+
 def _first_camera_info(bag: BagReader, name: str, image_topic: str):
-    if name == 'auto':
-        name = image_topic.removesuffix('/compressed').rpartition('/')[0] + '/camera_info'
-    topic = bag.topic(name, (CAMERA_INFO,))
+    topic = bag.topic(camera_info_name(name, image_topic), (CAMERA_INFO,))
     message = next(bag.messages([topic.name]), None)
     if message is None:
         raise DataError(f'{bag.path}: no message on {topic.name}')
