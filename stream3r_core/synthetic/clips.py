@@ -1,4 +1,4 @@
-"""Clips and sequences of a camera moving through random rooms: the training stream and the samples."""
+"""Clips and sequences of a camera that moves through random rooms."""
 
 from dataclasses import dataclass, field
 
@@ -104,16 +104,23 @@ def render_sequence(
     fov_deg: float = 70.0,
     motion: Motion = trajectories.HAND_HELD,
 ) -> SyntheticSequence:
-    """Render one seeded walk through one furnished room, with shadows and a mildly noisy camera."""
+    """Render one seeded walk through a furnished room, with shadows and a mildly noisy camera."""
     if num_frames < 1 or height < 8 or width < 8 or fps <= 0:
         raise ConfigError(
             f'cannot render {num_frames} frames of {height} x {width} pixels at {fps} fps: '
             'at least 1 frame, 8 x 8 pixels and a positive rate are needed'
         )
     config = ClipConfig(
-        height, width, num_frames, fps, (fov_deg, fov_deg), motion=motion, degrade=0.25, shadows=True,
+        height=height,
+        width=width,
+        frames=num_frames,
+        fps=fps,
+        fov_deg=(fov_deg, fov_deg),
+        motion=motion,
+        degrade=0.25,
+        shadows=True,
         texture_seed=1,
-    )  # fmt: skip
+    )
     clips = sample_clips(1, config, seed)
     images = (clips.images[0] * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
     stamps_ns = tuple(1_000_000_000 + round(i * 1e9 / fps) for i in range(num_frames))
@@ -123,7 +130,7 @@ def render_sequence(
 
 
 def pinhole(fov_width: Tensor, height: int, width: int) -> Tensor:
-    """K [B, 3, 3] of square pixels with the principal point at W/2, H/2, from the horizontal angle."""
+    """K [B, 3, 3] of square pixels, principal point W/2, H/2, from the horizontal angle."""
     focal = width / 2 / torch.tan(fov_width / 2)
     K = torch.zeros(len(fov_width), 3, 3)
     K[:, 0, 0] = K[:, 1, 1] = focal

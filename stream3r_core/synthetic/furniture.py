@@ -1,7 +1,7 @@
 """Furniture-like groups of boxes, cylinders and ellipsoids, as tables of parts in a unit frame.
 
-Unit frame of a group: x, y in -0.5..0.5 with the back towards -y, z from 0 (floor) to 1 (top). Every
-group has the same number of slots per shape, so that a batch of worlds is drawn by indexing.
+Unit frame of a group: x, y in -0.5..0.5 with the back towards -y, z from 0 (floor) to 1 (top).
+Every group has the same number of slots per shape, so that a batch of worlds is drawn by indexing.
 """
 
 from dataclasses import dataclass

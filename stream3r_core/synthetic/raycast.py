@@ -25,7 +25,7 @@ class Hits:
 
 
 def cast(world: World, origin: Tensor, rays: Tensor) -> Hits:
-    """Intersect ``rays`` [F, R, 3] from ``origin`` [F, 3] (world frame) with world f of ``world``."""
+    """Intersect ``rays`` [F, R, 3] from ``origin`` [F, 3] (world frame) with frame f's world."""
     best, index = nearest_primitive(world, origin[:, :, None], rays)
     room_t, _, _ = _room_exit(world.room_half, origin, rays)
     in_room = room_t <= best * (1 + 2.0**-15)
@@ -107,7 +107,7 @@ def _sphere_hit(o, d, half) -> Tensor:
 
 
 def _room_exit(half: Tensor, origin: Tensor, rays: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Distance, face number 0..5 and local point of the wall, floor or ceiling behind everything."""
+    """Distance, face number 0..5 and local point of the wall, floor or ceiling behind it all."""
     o = torch.stack([origin[:, 0], origin[:, 1], origin[:, 2] - half[:, 2]], -1)[:, None]
     inverse = 1 / _safe(rays)
     exits = -o * inverse + half[:, None] * inverse.abs()

@@ -128,7 +128,7 @@ def _albedo(
 
 
 def _shade(world: World, point: Tensor, hits: raycast.Hits, shadows: bool) -> Tensor:
-    """Ambient, one lamp with fall-off and shadow, light from above, and darkness near room edges."""
+    """Ambient, one lamp with fall-off and shadow, light from above, darkness near room edges."""
     to_light = world.light[:, None] - point
     distance = to_light.norm(dim=-1)
     direct = (hits.normal * to_light).sum(-1).div(distance).clamp(min=0) / (

@@ -1,4 +1,4 @@
-"""Tileable procedural textures: a seeded pool of scalar fields with mip levels, sampled per ray."""
+"""Tileable procedural textures: a seeded pool of scalar fields with mip levels."""
 
 import math
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class TexturePool:
 
 
 def make_textures(seed: int, count: int = 256) -> TexturePool:
-    """Draw ``count`` textures: fractal noise, blobs, tiles, bricks, planks, stripes, dots, panels."""
+    """Draw ``count`` textures: noise, blobs, tiles, bricks, planks, stripes, dots, panels."""
     g = torch.Generator().manual_seed(seed)
     makers = (_noise, _noise, _blobs, _bricks, _planks, _stripes, _dots, _panels)
     fields = torch.stack([makers[i % len(makers)](g) for i in range(count)])
@@ -36,8 +36,8 @@ def sample_textures(
 ) -> Tensor:
     """Bilinear value at ``uv`` (one unit = one period) of texture ``index``.
 
-    index [...] int64, uv [..., 2], texel_footprint [...]: finest texels that one ray covers; the mip
-    level follows from it, so that far surfaces do not flicker. Returns [...] in [0, 1].
+    index [...] int64, uv [..., 2], texel_footprint [...]: finest texels that one ray covers; the
+    mip level follows from it, so that far surfaces do not flicker. Returns [...] in [0, 1].
     """
     level = torch.log2(texel_footprint.clamp(1.0, 2.0 ** (LEVELS - 1))).round()
     side = torch.exp2(math.log2(SIDE) - level).round()

@@ -38,8 +38,8 @@ def sample_paths(
 ) -> Tensor:
     """Return T_world_camera [B, S, 4, 4] at the times [B, S] (seconds, from any start).
 
-    Of several random paths per world the first that keeps ``CLEARANCE_M`` from everything is taken,
-    else the one that keeps farthest away.
+    Of several random paths per world the first that keeps ``CLEARANCE_M`` from everything is
+    taken, else the one that keeps farthest away.
     """
     b = len(world)
     positions = torch.stack(
@@ -56,7 +56,7 @@ def sample_paths(
 
 
 def clearance(world: World, points: Tensor) -> Tensor:
-    """Distance [B, N] of ``points`` [B, N, 3] to the nearest surface, metres; negative inside objects."""
+    """Distance [B, N] of ``points`` [B, N, 3] to the nearest surface, metres; inside it is < 0."""
     offset = points[:, :, None] - world.center[:, None]
     c, s = torch.cos(world.yaw)[:, None], torch.sin(world.yaw)[:, None]
     x = c * offset[..., 0] + s * offset[..., 1]
@@ -83,7 +83,7 @@ def _uniform(g: torch.Generator, shape: tuple[int, ...], low: float, high: float
 
 
 def _waves(g: torch.Generator, time_s: Tensor, rate: Tensor) -> Tensor:
-    """Three smooth functions of time [B, S, 3], zero at the first time, with rms derivative ``rate`` [B, 1, 3]."""
+    """Three smooth functions of time [B, S, 3] from zero; ``rate`` [B, 1, 3] rms derivative."""
     b = len(time_s)
     omega = torch.exp(_uniform(g, (b, 1, 3, _WAVES), math.log(0.25), math.log(2.0)))
     phase = _uniform(g, (b, 1, 3, _WAVES), 0, 2 * math.pi)
@@ -140,7 +140,7 @@ def _rotations(
 
 
 def camera_rotation(yaw: Tensor, pitch: Tensor, roll: Tensor) -> Tensor:
-    """Camera-to-world rotation [..., 3, 3] of a camera looking along yaw (about z), pitched down."""
+    """Camera-to-world rotation [..., 3, 3] of a camera turned by yaw about z, pitched down."""
     cy, sy, cp, sp = torch.cos(yaw), torch.sin(yaw), torch.cos(pitch), torch.sin(pitch)
     forward = torch.stack([cy * cp, sy * cp, -sp], -1)
     right = torch.stack([sy, -cy, torch.zeros_like(cy)], -1)

@@ -1,7 +1,8 @@
 """Random furnished rooms as batches of analytic primitives.
 
-World frame: z up, floor at z = 0, metres, origin in the middle of the floor. Every world of a batch has
-the same number of boxes, vertical cylinders and ellipsoids (in this order); an unused slot has size 0.
+World frame: z up, floor at z = 0, metres, origin in the middle of the floor. Every world of a batch
+has the same number of boxes, vertical cylinders and ellipsoids (in this order); an unused slot has
+size 0.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ UNUSED_Z = -100.0  # where empty slots are put, out of everything's way
 
 @dataclass(frozen=True)
 class World:
-    """B worlds. P primitives, M = P + 6 materials (the last six: room faces -x, +x, -y, +y, -z, +z)."""
+    """B worlds of P primitives, M = P + 6 materials (last the faces -x, +x, -y, +y, -z, +z)."""
 
     room_half: Tensor  # [B, 3] metres; the room spans -half..half in x, y and 0..2 half in z
     center: Tensor  # [B, P, 3] metres
@@ -70,7 +71,7 @@ def make_world(
     moving: float = 0.0,
     room_half_range: tuple[float, float] = (1.5, 3.5),
 ) -> World:
-    """Draw ``batch`` furnished rooms; ``moving`` is the share of furniture groups that sway about."""
+    """Draw ``batch`` furnished rooms; ``moving`` is the share of furniture that sways about."""
     room = _uniform(generator, (batch, 3), *room_half_range)
     room[:, 2] = _uniform(generator, (batch,), 1.2, 1.6)
     parts = [

@@ -1,4 +1,4 @@
-"""Attention rules of training only: windows, and caches that have forgotten some of their tokens."""
+"""Attention rules of training only: caches that have forgotten some of their tokens."""
 
 import torch
 from torch import Tensor

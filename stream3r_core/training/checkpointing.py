@@ -1,4 +1,4 @@
-"""Checkpoints of a run: folders ``step_00001000`` of safetensors files and one JSON, whole or absent."""
+"""Checkpoints of a run: folders ``step_00001000`` of safetensors and JSON, whole or absent."""
 
 import json
 import re
@@ -76,8 +76,9 @@ def load_checkpoint(
     states = _unflatten(tensors, run['optimizers'])
     if len(states) != len(optimizers):
         raise CheckpointError(
-            f'{folder} was written with {len(states)} optimisers, this recipe has {len(optimizers)}; '
-            'set optimizer.name as it was, or start in a new folder from its weights (init)'
+            f'{folder} was written with {len(states)} optimisers, this recipe has '
+            f'{len(optimizers)}; set optimizer.name as it was, or start in a new folder from its '
+            'weights (init)'
         )
     for optimizer, state in zip(optimizers, states):
         optimizer.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""The distillation objective of StreamVGGT: a causal student follows a full-attention teacher (model.md 19)."""
+"""Distillation as in StreamVGGT: a causal student follows an all-seeing teacher (model.md 19)."""
 
 from collections.abc import Mapping
 
@@ -19,7 +19,8 @@ def distillation_loss(
     """Return the weighted terms by name; their sum is the loss.
 
     Both mappings as the network returns them (with track, vis and track_conf if both have a track
-    head); ``valid`` [B, S, H, W] bool, the data set's known pixels. Nothing flows into the teacher.
+    head); ``valid`` [B, S, H, W] bool, the data set's known pixels. Nothing flows into the
+    teacher.
     """
     teacher = {k: v.detach() for k, v in teacher.items() if isinstance(v, Tensor)}
     valid = torch.where(valid.any(), valid, True)
@@ -94,7 +95,7 @@ def _difference_term(predicted: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 
 
 def normal_term(predicted: Tensor, target: Tensor) -> Tensor:
-    """One minus the mean cosine between surface normals at strides 1, 2 and 4; [B, H, W, 3] each."""
+    """One minus the mean cosine of surface normals at strides 1, 2 and 4; [B, H, W, 3] each."""
     total = predicted.new_zeros(())
     for step in (1, 2, 4):
         a, b = (_normals(p[:, ::step, ::step]) for p in (predicted, target))

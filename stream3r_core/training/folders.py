@@ -1,7 +1,7 @@
 """Scenes on disk in the layout of CUT3R-processed data sets, with its way of choosing views.
 
-One folder per scene: ``rgb/NAME.png`` (or .jpg), ``depth/NAME.npy`` (z-depth, metres, 0 unknown) and
-``cam/NAME.npz`` with ``intrinsics`` [3, 3] in pixels and ``pose`` [4, 4], camera to world.
+One folder per scene: ``rgb/NAME.png`` (or .jpg), ``depth/NAME.npy`` (z-depth, metres, 0 unknown)
+and ``cam/NAME.npz`` with ``intrinsics`` [3, 3] in pixels and ``pose`` [4, 4], camera to world.
 """
 
 import random
@@ -30,8 +30,8 @@ class SceneFolder:
         self.scenes = [found for p in parents if (found := views_of(p))]
         if not self.scenes:
             raise DataError(
-                f'training data {root}: no scene found; expected SCENE/rgb, SCENE/depth (.npy) and '
-                'SCENE/cam (.npz) with files of equal names'
+                f'training data {root}: no scene found; expected SCENE/rgb, SCENE/depth (.npy) '
+                'and SCENE/cam (.npz) with files of equal names'
             )
 
     def batch(self, count: int, frames: int, size_hw: tuple[int, int], seed: int) -> Batch:
@@ -54,7 +54,7 @@ class SceneFolder:
 
 
 def views_of(scene: Path) -> list[tuple[Path, Path, Path]]:
-    """Return (image, depth, camera) files of a scene in order of their names; empty: not a scene."""
+    """Return (image, depth, camera) files of a scene in order of names; empty: not a scene."""
     if not (scene / 'rgb').is_dir():
         return []
     views = []
@@ -152,7 +152,7 @@ def load_view(files: tuple[Path, Path, Path], size_hw: tuple[int, int]) -> tuple
 def crop_about_center(
     width: int, height: int, K: np.ndarray, size_hw: tuple[int, int]
 ) -> tuple[int, int, int, int]:
-    """Largest rectangle (left, top, width, height) of the wanted aspect centred on the principal point."""
+    """Largest (left, top, width, height) of the wanted aspect about the principal point."""
     cx, cy = round(float(K[0, 2])), round(float(K[1, 2]))
     half_w, half_h = min(cx, width - cx), min(cy, height - cy)
     if half_w < 1 or half_h < 1:

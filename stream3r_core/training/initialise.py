@@ -11,8 +11,8 @@ def initialise(model: CausalVGGT) -> CausalVGGT:
     """Make an untrained network easy to train, in place.
 
     Residual branches start at full strength (the published 0.01 suits deep pre-trained networks),
-    and the camera head answers the identity pose and a field of view of one radian: its rotation is
-    trained as a raw quaternion, which must start away from zero.
+    and the camera head answers the identity pose and a field of view of one radian: its rotation
+    is trained as a raw quaternion, which must start away from zero.
     """
     for module in model.modules():
         if isinstance(module, LayerScale):

@@ -1,8 +1,8 @@
 """Supervised matching: one attention head is shown which patches of two frames see the same place.
 
-Left alone, a network of this kind spends most of a short training before its global attention finds
-out that frames overlap. The true correspondences are known here, so that one head of chosen global
-blocks is taught them directly; all others stay free.
+Left alone, a network of this kind spends most of a short training before its global attention
+finds out that frames overlap. The true correspondences are known here, so that one head of chosen
+global blocks is taught them directly; all others stay free.
 """
 
 from collections.abc import Callable

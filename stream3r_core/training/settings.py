@@ -74,7 +74,7 @@ class TrainingConfig:
     """Everything a run needs; written into its checkpoints."""
 
     preset: str = option('tiny', 'network preset')
-    model: ModelConfig | None = option(None, 'network sizes instead of those of the preset')
+    model: ModelConfig | None = None  # sizes instead of those of the preset
     init: str = option('', "starting weights: file, folder or Hugging Face id; '' = from nothing")
     loss: str = option('dense', 'objective', choices=('dense', 'stream3r', 'distill', 'points'))
     teacher: str = option('', 'weights of the teacher of the distillation')

@@ -1,4 +1,4 @@
-"""The training loop: one process or many through Accelerate; resumed, it goes on as if never stopped."""
+"""The training loop: one process or many through Accelerate, exactly resumable."""
 
 import functools
 import json
@@ -173,7 +173,7 @@ def freeze(model: nn.Module, prefixes: tuple[str, ...]) -> None:
 
 
 def recompute_blocks(model: CausalVGGT) -> None:
-    """Recompute the blocks of the aggregator in the backward pass instead of keeping activations."""
+    """Recompute the blocks of the aggregator in the backward pass; saves memory."""
     for block in [*model.aggregator.frame_blocks, *model.aggregator.global_blocks]:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 

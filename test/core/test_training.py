@@ -1,4 +1,4 @@
-"""A miniature training run: the loss falls, a killed run goes on exactly, folders and freezing work."""
+"""A miniature training run: the loss falls, a killed run goes on exactly, sources mix."""
 
 import dataclasses
 import json
@@ -83,7 +83,7 @@ def tensors_of(folder):
 def test_a_resumed_run_ends_with_the_very_same_weights(tmp_path):
     whole, parts = tmp_path / 'whole', tmp_path / 'parts'
     main(recipe(steps=6), whole, device='cpu')
-    # The schedule belongs to the recipe: the first half is the same recipe, killed at a checkpoint.
+    # The schedule belongs to the recipe: the same recipe, killed at a checkpoint.
     main(recipe(steps=6), parts, device='cpu', stop_at=3)
     assert latest_checkpoint(parts).name == 'step_00000003'
     main(recipe(steps=6), parts, device='cpu')
@@ -203,7 +203,7 @@ def test_the_schedule_warms_up_and_decays():
     config = OptimizerConfig(lr=1.0, min_lr=0.1, warmup_steps=10)
     rates = [learning_rate(step, 100, config) for step in range(101)]
     assert rates[9] == pytest.approx(1.0) and rates[0] == pytest.approx(0.1)
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:])) and rates[100] == pytest.approx(0.1)
+    assert sorted(rates[10:], reverse=True) == rates[10:] and rates[100] == pytest.approx(0.1)
 
 
 def test_every_shipped_recipe_can_be_read():

@@ -42,7 +42,7 @@ def test_published_loss_and_its_gradients_equal_the_golden_ones(published, case)
     torch.testing.assert_close(loss, published[f'{case}.loss'][0], rtol=1e-6, atol=1e-6)
     for name, leaf in leaves.items():
         wanted = published[f'{case}.grad.{name}']
-        # An error of one rounding step can have either sign, and so can its absolute value's slope.
+        # An error of one rounding step can have either sign, and so can the slope.
         agrees = torch.isclose(leaf.grad, wanted, rtol=1e-4, atol=1e-7)
         assert agrees.float().mean() > 0.999, name
 
@@ -86,7 +86,8 @@ def assert_equal_but_for_corners(gradient, wanted, student, teacher, valid):
 
     There both neighbours of a pair are padding, the normal is the cross product of a vector with
     itself, and normalising it amplifies rounding. The noise reaches the other pixels only through
-    the alignment and the mean norm, that is along six directions per view; nothing else may differ.
+    the alignment and the mean norm, that is along six directions per view; nothing else
+    may differ.
     """
     difference = (gradient - wanted).double()
     inside = torch.ones(28, 42, dtype=torch.bool)
