@@ -32,11 +32,35 @@ class Reconstructor:
         """Track one camera image and add it to the map; return its prediction, on the CPU.
 
         Arguments and errors as :meth:`StreamSession.step`. An image that cannot be used changes
-        neither session nor map.
+        neither session nor map. Only without chunks; :meth:`feed` takes both.
         """
-        prediction = self.session.step(image, stamp_ns, K).to('cpu')
-        self.map.integrate(prediction)
-        return prediction
+        if self.session.chunk_size > 1:
+            raise ConfigError(
+                f'chunks of {self.session.chunk_size} frames answer {self.session.chunk_size} '
+                'at a time: use feed and flush, or cache.chunk_size=1'
+            )
+        return self.feed(image, stamp_ns, K)[0]
+
+    def feed(self, image, stamp_ns: int | None = None, K=None) -> list[FramePrediction]:
+        """Take one camera image; return the predictions that it completes, on the CPU.
+
+        That is one, or with a chunk size n > 1 none until the chunk is full and then all n.
+        """
+        answer = self.session.step(image, stamp_ns, K)
+        if answer is None:
+            return []
+        return self._map(answer if isinstance(answer, list) else [answer])
+
+    def flush(self) -> list[FramePrediction]:
+        """Return the predictions of images that wait for their chunk to fill."""
+        return self._map(self.session.flush())
+
+    def _map(self, predictions: list[FramePrediction]) -> list[FramePrediction]:
+        predictions = [prediction.to('cpu') for prediction in predictions]
+        for prediction in predictions:
+            if not prediction.still:
+                self.map.integrate(prediction)
+        return predictions
 
     def reset(self, keep_map: bool = False) -> None:
         """Start a new session, whose first frame is the new world frame, and clear the map."""

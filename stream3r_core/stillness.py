@@ -12,7 +12,7 @@ from stream3r_core.config import CacheConfig
 class View(NamedTuple):
     """How a frame compares with the last one that was kept."""
 
-    thumbnail: Tensor  # [3, h, w] one colour per patch, without the mean brightness
+    thumbnail: Tensor  # [3, h w] one colour per patch
     is_same: bool  # all patches look the same
     is_mostly_same: bool  # half of the patches do: still, if the camera did not move
 
@@ -35,11 +35,12 @@ class StillnessGate:
 
     def look(self, frame: Tensor) -> View:
         """Compare a frame [3, H, W] in [0, 1]; waits for the GPU if that is where it is."""
-        small = F.avg_pool2d(frame[None].float(), self.patch_size)[0]
-        small = small - small.mean((1, 2), keepdim=True)  # exposure changes are no motion
+        small = F.avg_pool2d(frame[None].float(), self.patch_size)[0].flatten(1)
         if self._thumbnail is None:
             return View(small, False, False)
-        change = (small - self._thumbnail).abs().mean(0).flatten()
+        difference = small - self._thumbnail
+        exposure = difference.median(1, keepdim=True).values  # no motion, and common to all
+        change = (difference - exposure).abs().mean(0)
         most, half = torch.quantile(change, torch.tensor([0.98, 0.5], device=change.device))
         return View(small, bool(most <= self.change), bool(half <= self.change))
 
