@@ -17,8 +17,8 @@ _WAVES = 3
 class Motion:
     """How a camera is carried. Speeds are root mean square values of the smooth part."""
 
-    speed_m_s: tuple[float, float] = (0.1, 0.8)  # drawn per path, uniformly
-    turn_deg_s: tuple[float, float] = (5.0, 40.0)
+    speed_m_s: tuple[float, float] = (0.15, 0.8)  # drawn per path, uniformly
+    turn_deg_s: tuple[float, float] = (4.0, 25.0)
     vertical: float = 0.4  # vertical share of the speed
     tilt: float = 0.35  # pitch and roll share of the turn rate
     tremor_deg: float = 0.25
@@ -85,7 +85,7 @@ def _uniform(g: torch.Generator, shape: tuple[int, ...], low: float, high: float
 def _waves(g: torch.Generator, time_s: Tensor, rate: Tensor) -> Tensor:
     """Three smooth functions of time [B, S, 3] from zero; ``rate`` [B, 1, 3] rms derivative."""
     b = len(time_s)
-    omega = torch.exp(_uniform(g, (b, 1, 3, _WAVES), math.log(0.25), math.log(2.0)))
+    omega = torch.exp(_uniform(g, (b, 1, 3, _WAVES), math.log(0.25), math.log(3.0)))
     phase = _uniform(g, (b, 1, 3, _WAVES), 0, 2 * math.pi)
     share = torch.rand(b, 1, 3, _WAVES, generator=g) + 0.1
     share = share / share.square().sum(-1, keepdim=True).sqrt()

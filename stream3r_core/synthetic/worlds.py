@@ -1,8 +1,8 @@
 """Random furnished rooms as batches of analytic primitives.
 
-World frame: z up, floor at z = 0, metres, origin in the middle of the floor. Every world of a batch
-has the same number of boxes, vertical cylinders and ellipsoids (in this order); an unused slot has
-size 0.
+World frame: z up, floor at z = 0, metres, origin in the middle of the floor. Every world of a
+batch has the same number of boxes, vertical cylinders and ellipsoids (in this order); an unused
+slot has size 0.
 """
 
 import dataclasses
