@@ -41,7 +41,7 @@ from stream3r_ros.tf import check_frames
 from stream3r_ros.worker import Worker
 
 WARNING_PERIOD_S = 5.0
-CLEANUP_TIMEOUT_S = 30.0
+CLEANUP_TIMEOUT_S = 10.0
 
 
 class Incoming(NamedTuple):
@@ -165,10 +165,9 @@ class Stream3rNode(LifecycleNode):
         return super().on_deactivate(state)
 
     def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Free network, session and map."""
+        """Free network, session and map; waits for the image in work."""
         if not self._inference.stop(CLEANUP_TIMEOUT_S):
-            self.get_logger().error(f'the inference thread is busy for {CLEANUP_TIMEOUT_S:.0f} s')
-            return TransitionCallbackReturn.ERROR
+            self.get_logger().warning('memory becomes free when the image in work is done')
         self._inference = self._live = None
         self._results.reset()
         if torch.cuda.is_initialized():

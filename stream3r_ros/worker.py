@@ -158,6 +158,7 @@ class Worker(Generic[Item]):
                 self._drops['failed'] += 1
                 self._discard('failed')
             self._report(self._on_failure, error)
+            error.__traceback__ = None  # its frames hold the tensors of the failed item
 
     def _count(self, reason: str) -> None:
         with self._changed:

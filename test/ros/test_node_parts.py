@@ -4,6 +4,7 @@ import logging
 
 import numpy as np
 import pytest
+import yaml
 
 from stream3r_core.config import flatten
 from stream3r_core.errors import ConfigError, InputError, OutputError
@@ -20,6 +21,7 @@ from stream3r_ros.diagnostics import (
 from stream3r_ros.environment import prepare_environment
 from stream3r_ros.logging_bridge import RosLogHandler
 from stream3r_ros.options import read_options
+from stream3r_ros.outputs import TOPICS
 from stream3r_ros.parameters import nest
 from stream3r_ros.publishers import RateLimit
 from stream3r_ros.recorder import PoseRecorder, Snapshot, save_snapshot
@@ -205,6 +207,29 @@ def test_the_variants_are_a_few_valid_options(name):
     assert values['session']['mode'] == name
     assert len(flatten_mapping(values)) <= 5
     assert nest(flatten_mapping(values)) == values
+
+
+def test_rviz_shows_topics_that_exist_with_a_quality_of_service_that_fits():
+    document = yaml.safe_load(resource('config/reconstruct.rviz').read_text())
+    displays = {d['Name']: d for d in document['Visualization Manager']['Displays']}
+    shown = {d['Topic']['Value']: d['Topic'] for d in displays.values() if 'Topic' in d}
+    camera = shown.pop('/camera/image_raw')
+    assert camera['Reliability Policy'] == 'Best Effort'
+    for name, topic in shown.items():
+        qos = TOPICS[name.replace('/stream3r', '~')].qos
+        durability = 'Transient Local' if qos.latched else 'Volatile'
+        assert (topic['Durability Policy'], topic['Reliability Policy']) == (
+            durability,
+            'Reliable',
+        )
+    assert {'/stream3r/map', '/stream3r/cloud', '/stream3r/path', '/stream3r/depth/image'} <= set(
+        shown
+    )
+    assert displays['TF']['Enabled']
+    assert (
+        document['Visualization Manager']['Global Options']['Fixed Frame']
+        == NodeConfig().map_frame
+    )
 
 
 def test_waiting_threads_sleep_unless_the_user_wants_them_to_spin():

@@ -1,6 +1,8 @@
 """The worker: newest wins, every drop is counted, and no exception is lost or fatal."""
 
+import gc
 import threading
+import weakref
 
 import pytest
 
@@ -99,6 +101,26 @@ def test_an_unexpected_exception_reaches_the_owner_and_holds_the_worker(harness,
     harness.worker.offer('dropped')
     assert harness.failures == [error] and harness.worker.failure is error
     assert harness.processed == [] and harness.worker.drops == {'failed': 2}
+
+
+def test_a_kept_failure_does_not_keep_the_memory_of_its_item():
+    class Big:
+        pass
+
+    alive, failed = [], threading.Event()
+
+    def process(item):
+        big = Big()
+        alive.append(weakref.ref(big))
+        raise RuntimeError
+
+    worker = Worker(process, print, lambda error: failed.set())
+    worker.start()
+    worker.offer('item')
+    assert failed.wait(TIMEOUT_S)
+    worker.submit(gc.collect).result(TIMEOUT_S)
+    assert worker.failure is not None and alive[0]() is None
+    assert worker.stop(TIMEOUT_S)
 
 
 def test_what_waited_behind_a_failure_is_dropped_and_counted(harness):
