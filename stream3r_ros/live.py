@@ -47,10 +47,12 @@ class LiveReconstruction:
         frame = camera_frame(message.header.frame_id, config)
         stamp = self._check_stamp(message, config)  # last: it may start a new session
         self._reconstructor.map.config = config.mapping
-        prediction = self._reconstructor.process(image, stamp, self._known_K(image))
-        self._last_stamp_ns = self._map_stamp_ns = stamp
-        outputs = self._publishers.publish(prediction, frame, config)
-        self._recorder.add(stamp, outputs.T_map_camera)
+        predictions = self._reconstructor.feed(image, stamp, self._known_K(image))
+        self._last_stamp_ns = stamp
+        for prediction in predictions:  # none, or a whole chunk (cache.chunk_size)
+            self._map_stamp_ns = prediction.stamp_ns
+            outputs = self._publishers.publish(prediction, frame, config)
+            self._recorder.add(prediction.stamp_ns, outputs.T_map_camera)
         self.figures = self._figures()
 
     def restart(self) -> None:

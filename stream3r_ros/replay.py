@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -201,13 +202,18 @@ def _predictions(
 
 
 def _stream_predictions(frames, reconstructor: Reconstructor, report: Report):
+    waiting = deque()  # camera frames of images whose chunk is not full
     for frame in frames:
         try:
-            prediction = reconstructor.process(frame.rgb, frame.stamp_ns, frame.K)
+            predictions = reconstructor.feed(frame.rgb, frame.stamp_ns, frame.K)
         except InputError as error:
             report.refuse(error)
             continue
-        yield prediction, frame.frame_id
+        waiting.append(frame.frame_id)
+        for prediction in predictions:
+            yield prediction, waiting.popleft()
+    for prediction in reconstructor.flush():
+        yield prediction, waiting.popleft()
 
 
 def _photo_predictions(frames, model, config: NodeConfig, voxel_map: VoxelMap):

@@ -1,0 +1,26 @@
+"""Chunks in the replay: every image comes out once, with its own stamp."""
+
+import pytest
+from recordings import recorded, replay, stamp, write_images
+
+from stream3r_core.evaluation.trajectory_files import read_trajectory
+from stream3r_ros.conversions import stamp_ns
+
+STAMPS = [stamp(index) for index in range(6)]
+
+
+@pytest.mark.parametrize('mode, tree', [('stac', 'cache'), ('stac_paper', 'cache_paper')])
+@pytest.mark.parametrize('chunk_size', [1, 4])
+def test_every_image_of_a_chunk_comes_out_with_its_stamp(tmp_path, mode, tree, chunk_size):
+    sets = [f'session.mode={mode}', f'{tree}.chunk_size={chunk_size}', 'model.weights=random']
+    sets += ['image.long_side=56', 'cache.max_bytes=40000000']
+    summary = replay(
+        tmp_path / 'out',
+        write_images(tmp_path / 'bag'),
+        *(part for pair in sets for part in ('--set', pair)),
+    )
+    assert (summary['images_in'], summary['images_out'], summary['refused']) == (6, 6, [])
+    trajectory = read_trajectory(tmp_path / 'out' / 'trajectory.tum')
+    assert trajectory.stamps_ns.tolist() == STAMPS
+    transforms = recorded(tmp_path / 'out')['/tf']
+    assert [stamp_ns(m.transforms[0]) for m in transforms] == STAMPS
