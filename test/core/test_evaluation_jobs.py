@@ -1,6 +1,7 @@
 """Many jobs: one that fails, or dies, stops none."""
 
 import os
+import sys
 
 import pytest
 
@@ -61,14 +62,13 @@ def test_nothing_to_do_and_nonsense():
 
 
 def test_an_address_without_ray_is_refused_with_the_remedy(monkeypatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, 'ray', None)
     with pytest.raises(MissingDependencyError, match='pip install'):
         outcomes(MIXED, ray_address='auto')
 
 
-def test_the_same_outcomes_on_a_ray_cluster():
+def test_the_same_outcomes_on_a_ray_cluster(monkeypatch):
+    monkeypatch.setenv('PYTHONPATH', os.pathsep.join(sys.path))  # workers import this module
     ray = pytest.importorskip('ray', reason="needs Ray: pip install 'stream3r_ros[ray]'")
     try:
         done = outcomes({**MIXED, 'killed': die}, ray_address='local')
