@@ -26,6 +26,7 @@ class ClipConfig:
     fps: float = 10.0
     fov_deg: tuple[float, float] = (50.0, 85.0)  # horizontal
     room_half_m: tuple[float, float] = (1.5, 3.5)
+    kind: str = 'room'  # see worlds.KINDS
     motion: Motion = field(default_factory=Motion)
     moving: float = 0.0  # share of furniture that moves
     degrade: float = 1.0  # strength of exposure, colour, blur and noise variation; 0 = none
@@ -68,9 +69,11 @@ def sample_clips(batch: int, config: ClipConfig, seed: int, device: str = 'cpu')
     g = torch.Generator().manual_seed(seed)
     frames = config.frames
     pool = texture_pool(config.texture_seed).to(device)
-    world = make_world(batch, g, pool.count, config.moving, config.room_half_m)
+    world = make_world(batch, g, pool.count, config.moving, config.room_half_m, config.kind)
     time_s = 10.0 * torch.rand(batch, 1, generator=g) + torch.arange(frames) / config.fps
-    T = trajectories.sample_paths(world, time_s, config.motion, g)
+    draw_paths = trajectories.loop_paths if config.kind == 'rooms' else trajectories.sample_paths
+    T = draw_paths(world, time_s, config.motion, g)
+    world = trajectories.clear_path(world, T[..., :3, 3])
     fov = torch.deg2rad(_uniform(g, batch, *config.fov_deg))
     K = pinhole(fov, config.height, config.width).repeat_interleave(frames, 0)
     rendering = render(
@@ -103,8 +106,13 @@ def render_sequence(
     fps: float = 10.0,
     fov_deg: float = 70.0,
     motion: Motion = trajectories.HAND_HELD,
+    kind: str = 'room',
 ) -> SyntheticSequence:
-    """Render one seeded walk through a furnished room, with shadows and a mildly noisy camera."""
+    """Render one seeded walk through one world, with shadows and a mildly noisy camera.
+
+    ``kind`` is one of :data:`stream3r_core.synthetic.worlds.KINDS`; 'rooms' walks a loop through
+    four rooms and comes back. Depth is 0 where only sky is seen.
+    """
     if num_frames < 1 or height < 8 or width < 8 or fps <= 0:
         raise ConfigError(
             f'cannot render {num_frames} frames of {height} x {width} pixels at {fps} fps: '
@@ -116,6 +124,7 @@ def render_sequence(
         frames=num_frames,
         fps=fps,
         fov_deg=(fov_deg, fov_deg),
+        kind=kind,
         motion=motion,
         degrade=0.25,
         shadows=True,

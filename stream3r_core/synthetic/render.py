@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from stream3r_core.synthetic import raycast
 from stream3r_core.synthetic.textures import SIDE, TexturePool, sample_textures
-from stream3r_core.synthetic.worlds import World
+from stream3r_core.synthetic.worlds import FLOOR, NUM_PRIMITIVES, World
 
 _TILE = 1 << 21  # primitive-ray pairs worked on at once: small enough for the processor's cache
 
@@ -19,7 +19,7 @@ class Rendering:
     """F frames of H x W pixels."""
 
     rgb: Tensor  # [F, 3, H, W] float32 in [0, 1], before the sensor
-    depth_m: Tensor  # [F, H, W] z-depth along the optical axis, metres
+    depth_m: Tensor  # [F, H, W] z-depth along the optical axis, metres; 0 = sky
     normal_world: Tensor  # [F, 3, H, W] unit
     instance: Tensor  # [F, H, W] int64, 0 = room
     moving: Tensor  # [F, H, W] bool
@@ -96,7 +96,17 @@ def _render_tile(
     albedo = _albedo(world, hits, spread, rays, pool)
     point = origin[:, None] + rays * hits.distance[..., None]
     rgb = albedo * _shade(world, point, hits, shadows)[..., None]
-    return rgb.clamp(0, 1), hits.distance, hits.normal, hits.material
+    room_faces = world.open_sky[:, None] & (hits.material >= NUM_PRIMITIVES)
+    sky = room_faces & (hits.material != NUM_PRIMITIVES + FLOOR)
+    rgb = torch.where(sky[..., None], _sky(rays), rgb)
+    return rgb.clamp(0, 1), torch.where(sky, 0.0, hits.distance), hits.normal, hits.material
+
+
+def _sky(rays: Tensor) -> Tensor:
+    """Blue overhead, white at the horizon."""
+    height = F.normalize(rays, dim=-1)[..., 2:].clamp(min=0)
+    horizon, zenith = rays.new_tensor([0.85, 0.88, 0.9]), rays.new_tensor([0.3, 0.5, 0.85])
+    return horizon + height * (zenith - horizon)
 
 
 def _albedo(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stream3r_core.synthetic.worlds import NUM_BOXES, NUM_CYLINDERS, World
+from stream3r_core.synthetic.worlds import NUM_BOXES, NUM_CYLINDERS, World, without_objects
 
 CLEARANCE_M = 0.25
 _CANDIDATES = 8
@@ -50,13 +50,54 @@ def sample_paths(
     score = torch.where(distance >= CLEARANCE_M, 10.0 * order, distance)
     position = positions[torch.arange(b), score.argmax(1)]
     rotation = _rotations(world, position[:, 0], time_s, motion, generator)
-    T = torch.zeros(*time_s.shape, 4, 4)
+    return _poses(rotation, position)
+
+
+def loop_paths(
+    world: World, time_s: Tensor, motion: Motion, generator: torch.Generator
+) -> Tensor:
+    """Return T_world_camera [B, S, 4, 4] of walks round the doorways of worlds of kind 'rooms'.
+
+    The ellipse crosses every doorway at a right angle; after one round the camera is back where it
+    was, looking the same way but for the tremor.
+    """
+    b = len(world)
+    radii = world.room_half[:, None, :2] / 2
+    speed = _uniform(generator, (b, 1), *motion.speed_m_s)
+    turn = speed / radii.mean(-1) * _sign(generator, b)
+    angle = _uniform(generator, (b, 1), 0, 2 * math.pi) + turn * (time_s - time_s[:, :1])
+    xy = radii * torch.stack([torch.cos(angle), torch.sin(angle)], -1)
+    z = _uniform(generator, (b, 1), *motion.height_m).expand_as(angle)
+    ahead = torch.stack([-torch.sin(angle), torch.cos(angle)], -1) * radii * turn.sign()[..., None]
+    yaw = torch.atan2(ahead[..., 1], ahead[..., 0])
+    shake = _tremor(generator, time_s, motion)
+    pitch = _uniform(generator, (b, 1), 0.0, 0.25) + shake[..., 1]
+    rotation = camera_rotation(yaw + shake[..., 0], pitch, shake[..., 2])
+    return _poses(rotation, torch.cat([xy, z[..., None]], -1))
+
+
+def clear_path(world: World, position: Tensor, distance_m: float = 0.15) -> World:
+    """Take away the objects that come closer than ``distance_m`` to positions [B, S, 3]."""
+    near = torch.stack([_to_objects(world, chunk).amin(1) for chunk in position.split(64, 1)])
+    return without_objects(world, near.amin(0) < distance_m)
+
+
+def _poses(rotation: Tensor, position: Tensor) -> Tensor:
+    T = torch.zeros(*position.shape[:-1], 4, 4)
     T[..., :3, :3], T[..., :3, 3], T[..., 3, 3] = rotation, position, 1
     return T
 
 
 def clearance(world: World, points: Tensor) -> Tensor:
     """Distance [B, N] of ``points`` [B, N, 3] to the nearest surface, metres; inside it is < 0."""
+    room = world.room_half[:, None]
+    centred = points - torch.stack([0 * room[..., 0], 0 * room[..., 1], room[..., 2]], -1)
+    nearest = _to_objects(world, points).amin(-1)
+    return torch.minimum(nearest, (room - centred.abs()).amin(-1))
+
+
+def _to_objects(world: World, points: Tensor) -> Tensor:
+    """Distance [B, N, P] to every primitive; to ellipsoids a lower bound."""
     offset = points[:, :, None] - world.center[:, None]
     c, s = torch.cos(world.yaw)[:, None], torch.sin(world.yaw)[:, None]
     x = c * offset[..., 0] + s * offset[..., 1]
@@ -64,18 +105,14 @@ def clearance(world: World, points: Tensor) -> Tensor:
     half = world.half_size[:, None]
     q = torch.stack([x, y, offset[..., 2]], -1).abs() - half
     box = q.clamp(min=0).norm(dim=-1) + q.amax(-1).clamp(max=0)
-    radius = half[..., 0]
-    side = torch.stack([torch.hypot(x, y) - radius, q[..., 2]], -1)
+    side = torch.stack([torch.hypot(x, y) - half[..., 0], q[..., 2]], -1)
     cylinder = side.clamp(min=0).norm(dim=-1) + side.amax(-1).clamp(max=0)
     scaled = (torch.stack([x, y, offset[..., 2]], -1) / half).norm(dim=-1)
-    sphere = (scaled - 1) * half.amin(-1)  # a lower bound of the distance to an ellipsoid
+    sphere = (scaled - 1) * half.amin(-1)
     round_end = NUM_BOXES + NUM_CYLINDERS
-    objects = torch.cat(
+    return torch.cat(
         [box[..., :NUM_BOXES], cylinder[..., NUM_BOXES:round_end], sphere[..., round_end:]], -1
     )
-    room = world.room_half[:, None]
-    centred = points - torch.stack([0 * room[..., 0], 0 * room[..., 1], room[..., 2]], -1)
-    return torch.minimum(objects.amin(-1), (room - centred.abs()).amin(-1))
 
 
 def _uniform(g: torch.Generator, shape: tuple[int, ...], low: float, high: float) -> Tensor:
@@ -128,15 +165,23 @@ def _rotations(
     turn = torch.deg2rad(_uniform(g, (b, 1, 1), *motion.turn_deg_s))
     turn = turn * (torch.rand(b, 1, 1, generator=g) >= motion.still_share)
     wander = _waves(g, time_s, turn * torch.tensor([1.0, motion.tilt, 0.5 * motion.tilt]))
-    tremor = math.radians(motion.tremor_deg)
-    shake = tremor * torch.sin(
-        _uniform(g, (b, 1, 3), 8, 18) * time_s[..., None] + _uniform(g, (b, 1, 3), 0, 2 * math.pi)
-    )
-    angles = wander + shake
+    angles = wander + _tremor(g, time_s, motion)
     yaw = yaw0[:, None] + angles[..., 0]
     pitch0 = _uniform(g, (b, 1), -0.05, 0.45) if motion.tilt else _uniform(g, (b, 1), 0.0, 0.2)
     pitch = (pitch0 + angles[..., 1]).clamp(-0.9, 1.1)  # positive looks down
     return camera_rotation(yaw, pitch, angles[..., 2])
+
+
+def _tremor(g: torch.Generator, time_s: Tensor, motion: Motion) -> Tensor:
+    """Fast, small turns about the three axes [B, S, 3], radians."""
+    b = len(time_s)
+    speed = _uniform(g, (b, 1, 3), 8, 18)
+    phase = _uniform(g, (b, 1, 3), 0, 2 * math.pi)
+    return math.radians(motion.tremor_deg) * torch.sin(speed * time_s[..., None] + phase)
+
+
+def _sign(g: torch.Generator, b: int) -> Tensor:
+    return 2.0 * torch.randint(2, (b, 1), generator=g) - 1
 
 
 def camera_rotation(yaw: Tensor, pitch: Tensor, roll: Tensor) -> Tensor:

@@ -12,16 +12,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stream3r_core.errors import ConfigError
 from stream3r_core.synthetic import furniture
 
 GROUPS = 6
 WALL_BOXES = 8  # pictures, windows, doors
+PARTITION_BOXES = 10  # two inner walls with two doorways each: three pieces and two lintels
 CLUTTER_BOXES, CLUTTER_CYLINDERS, CLUTTER_SPHERES = 4, 1, 1
-NUM_BOXES = GROUPS * furniture.BOXES + WALL_BOXES + CLUTTER_BOXES + 1  # and one rug
+NUM_BOXES = GROUPS * furniture.BOXES + WALL_BOXES + PARTITION_BOXES + CLUTTER_BOXES + 1  # a rug
 NUM_CYLINDERS = GROUPS * furniture.CYLINDERS + CLUTTER_CYLINDERS
 NUM_SPHERES = GROUPS * furniture.SPHERES + CLUTTER_SPHERES
 NUM_PRIMITIVES = NUM_BOXES + NUM_CYLINDERS + NUM_SPHERES
 ROOM_FACES = 6
+FLOOR = 4  # of -x, +x, -y, +y, -z, +z
+#: room: one furnished room; corridor: long and narrow; rooms: four rooms joined by doorways, with a
+#: loop through them; open: ground, scattered things and sky.
+KINDS = ('room', 'corridor', 'rooms', 'open')
+DOORWAY_M = 1.1
 UNUSED_Z = -100.0  # where empty slots are put, out of everything's way
 
 
@@ -41,6 +48,7 @@ class World:
     colors: Tensor  # [B, M, 3, 3] base, coarse and fine colour, linear RGB in [0, 1]
     light: Tensor  # [B, 3] position, metres
     light_mix: Tensor  # [B, 3] ambient, direct and sky share
+    open_sky: Tensor  # [B] bool: walls and ceiling are sky, infinitely far
 
     def __len__(self) -> int:
         return len(self.room_half)
@@ -70,49 +78,78 @@ def make_world(
     num_textures: int,
     moving: float = 0.0,
     room_half_range: tuple[float, float] = (1.5, 3.5),
+    kind: str = 'room',
 ) -> World:
-    """Draw ``batch`` furnished rooms; ``moving`` is the share of furniture that sways about."""
-    room = _uniform(generator, (batch, 3), *room_half_range)
-    room[:, 2] = _uniform(generator, (batch,), 1.2, 1.6)
+    """Draw ``batch`` worlds of one of :data:`KINDS`; ``moving`` is the share of things that sway."""
+    if kind not in KINDS:
+        raise ConfigError(f'unknown kind of world {kind!r}; known: {", ".join(KINDS)}')
+    room = _room_sizes(generator, batch, room_half_range, kind)
     parts = [
-        _place_groups(generator, room),
-        _wall_boxes(generator, room),
+        _place_groups(generator, room, free_share=1.0 if kind == 'open' else 0.25),
+        _wall_boxes(generator, room, used=kind != 'open'),
+        _partitions(room, used=kind == 'rooms'),
         _clutter(generator, room),
     ]
     boxes, cylinders, spheres = (torch.cat([p[i] for p in parts], 1) for i in range(3))
     rows = torch.cat([boxes, cylinders, spheres], 1)  # [B, P, 8] centre, half, yaw, object
     unused = rows[..., 3:6].amin(-1) <= 0
-    center, half = rows[..., :3].clone(), rows[..., 3:6].clamp(min=0)
+    center = rows[..., :3].clone()
     center[..., 2] = torch.where(unused, UNUSED_Z, center[..., 2])
     instance = rows[..., 7].round().long()
-    materials = _materials(generator, batch, num_textures)
     return World(
         room_half=room,
         center=center,
-        half_size=torch.where(unused[..., None], 1e-4, half),
+        half_size=torch.where(unused[..., None], 1e-4, rows[..., 3:6].clamp(min=0)),
         yaw=rows[..., 6],
         sway=_sway(generator, instance, moving),
         instance=torch.cat([instance, torch.zeros(batch, ROOM_FACES, dtype=torch.long)], 1),
-        light=(_uniform(generator, (batch, 3), -0.6, 0.6) * room).index_put(
-            (torch.arange(batch), torch.tensor(2)), 1.85 * room[:, 2]
-        ),
-        light_mix=torch.stack(
-            [
-                _uniform(generator, (batch,), 0.25, 0.5),
-                _uniform(generator, (batch,), 0.4, 0.8),
-                _uniform(generator, (batch,), 0.05, 0.25),
-            ],
-            -1,
-        ),
-        **materials,
+        open_sky=torch.full((batch,), kind == 'open'),
+        **_light(generator, room),
+        **_materials(generator, batch, num_textures),
     )
+
+
+def without_objects(world: World, unwanted: Tensor) -> World:
+    """Take away primitives [B, P] bool, with all other parts of the same objects."""
+    instance = world.instance[:, : unwanted.shape[1]]
+    objects = torch.zeros(len(world), int(world.instance.max()) + 1, device=instance.device)
+    objects = objects.scatter_reduce(1, instance, unwanted.float(), 'amax')
+    gone = (objects.gather(1, instance) > 0) & (instance != 0)
+    center = world.center.clone()
+    center[..., 2] = torch.where(gone, UNUSED_Z, center[..., 2])
+    return dataclasses.replace(world, center=center)
+
+
+def _room_sizes(
+    g: torch.Generator, batch: int, half_range: tuple[float, float], kind: str
+) -> Tensor:
+    room = _uniform(g, (batch, 3), *half_range)
+    room[:, 2] = _uniform(g, (batch,), 1.2, 1.6)
+    if kind == 'corridor':
+        room[:, 0], room[:, 1] = _uniform(g, (batch,), 0.9, 1.4), _uniform(g, (batch,), 4, 9)
+    elif kind == 'rooms':
+        room[:, :2] = _uniform(g, (batch, 2), 3.5, 5.0)
+    elif kind == 'open':
+        room[:, :2], room[:, 2] = 12.0, 8.0
+    return room
+
+
+def _light(g: torch.Generator, room: Tensor) -> dict[str, Tensor]:
+    """A lamp under the ceiling, and how bright ambient, lamp and sky light are."""
+    position = _uniform(g, (len(room), 3), -0.6, 0.6) * room
+    position[:, 2] = 1.85 * room[:, 2]
+    ranges = ((0.25, 0.5), (0.4, 0.8), (0.05, 0.25))
+    mix = torch.stack([_uniform(g, (len(room),), *r) for r in ranges], -1)
+    return {'light': position, 'light_mix': mix}
 
 
 def _uniform(g: torch.Generator, shape: tuple[int, ...], low: float, high: float) -> Tensor:
     return low + (high - low) * torch.rand(shape, generator=g)
 
 
-def _place_groups(g: torch.Generator, room: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _place_groups(
+    g: torch.Generator, room: Tensor, free_share: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Furniture along the walls, now and then in the open; rows [B, n, 8] per shape."""
     catalogue = furniture.load_furniture()
     b = len(room)
@@ -121,7 +158,7 @@ def _place_groups(g: torch.Generator, room: Tensor) -> tuple[Tensor, Tensor, Ten
     size = low + (high - low) * torch.rand(b, GROUPS, 3, generator=g)
     size[..., 2] = torch.minimum(size[..., 2], 1.9 * room[:, None, 2])
     wall = (torch.arange(GROUPS)[None] + torch.randint(4, (b, 1), generator=g)) % 4
-    free = torch.rand(b, GROUPS, generator=g) < 0.25
+    free = torch.rand(b, GROUPS, generator=g) < free_share
     yaw = torch.where(free, _uniform(g, (b, GROUPS), 0, 2 * math.pi), wall * (math.pi / 2))
     along_x = (
         wall % 2 == 0
@@ -154,7 +191,9 @@ def _transform_parts(
     return torch.stack(rows, -1).flatten(1, 2)
 
 
-def _wall_boxes(g: torch.Generator, room: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _wall_boxes(
+    g: torch.Generator, room: Tensor, used: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Thin boxes on the walls: pictures, windows, and doors that reach the floor."""
     b, n = len(room), WALL_BOXES
     wall = torch.arange(n)[None].expand(b, -1) % 4
@@ -168,11 +207,32 @@ def _wall_boxes(g: torch.Generator, room: Tensor) -> tuple[Tensor, Tensor, Tenso
     along = _uniform(g, (b, n), -1, 1) * (span - width).clamp(min=0)
     c, s = torch.cos(wall * (math.pi / 2)), torch.sin(wall * (math.pi / 2))
     x, y = c * along + s * depth, s * along - c * depth
-    thickness = _uniform(g, (b, n), 0.01, 0.06) * (torch.rand(b, n, generator=g) < 0.85)
+    thickness = _uniform(g, (b, n), 0.01, 0.06) * (torch.rand(b, n, generator=g) < 0.85 * used)
     ids = (GROUPS + 1 + torch.arange(n)).expand(b, -1)
     rows = torch.stack([x, y, z, width, thickness, height, wall * (math.pi / 2), ids], -1)
     empty = rows.new_zeros(b, 0, 8)
     return rows, empty, empty
+
+
+def _partitions(room: Tensor, used: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Two walls that cross in the middle; the doorways lie half-way to the outer walls."""
+    rows = []
+    for axis in (0, 1):  # the wall runs along this axis
+        half, top = room[:, axis], 2 * room[:, 2]
+        door, gap = half / 2, torch.full_like(half, DOORWAY_M / 2)
+        lintel = (top - 2.05).clamp(min=0.1) / 2
+        pieces = [(0 * half, door - gap, top / 2, top / 2)]
+        for side in (-1, 1):
+            outer = (half - door - gap) / 2
+            pieces.append((side * (half - outer), outer, top / 2, top / 2))
+            pieces.append((side * door, gap, top - lintel, lintel))
+        for along, length, z, height in pieces:
+            thin, zero = torch.full_like(half, 0.06), torch.zeros_like(half)
+            place = [along, zero, z] if axis == 0 else [zero, along, z]
+            size = [length, thin, height] if axis == 0 else [thin, length, height]
+            rows.append(torch.stack([*place, *(x * used for x in size), zero, zero], -1))
+    empty = room.new_zeros(len(room), 0, 8)
+    return torch.stack(rows, 1), empty, empty
 
 
 def _clutter(g: torch.Generator, room: Tensor) -> tuple[Tensor, Tensor, Tensor]:

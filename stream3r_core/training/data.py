@@ -86,9 +86,9 @@ class Visibility:
 
 def clip_config(stage: StageConfig, frames: int, rng: random.Random, compiled: bool) -> ClipConfig:
     """Draw what is common to the clips of one batch."""
-    kind = rng.choice(stage.kinds)
-    if kind not in MOTIONS:
-        raise ConfigError(f'unknown way to carry a camera {kind!r}; known: {", ".join(MOTIONS)}')
+    motion = rng.choice(stage.motions)
+    if motion not in MOTIONS:
+        raise ConfigError(f'unknown way to carry a camera {motion!r}; known: {", ".join(MOTIONS)}')
     return ClipConfig(
         height=stage.size_hw[0],
         width=stage.size_hw[1],
@@ -96,7 +96,8 @@ def clip_config(stage: StageConfig, frames: int, rng: random.Random, compiled: b
         fps=rng.uniform(*stage.fps),
         fov_deg=tuple(stage.fov_deg),
         room_half_m=tuple(stage.room_half_m),
-        motion=MOTIONS[kind],
+        kind=rng.choice(stage.worlds),
+        motion=MOTIONS[motion],
         moving=stage.moving,
         shadows=stage.shadows,
         compiled=compiled,

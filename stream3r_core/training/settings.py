@@ -29,9 +29,10 @@ class StageConfig:
     fov_deg: tuple[float, ...] = option((50.0, 85.0), 'horizontal field of view between these two')
     moving: float = option(0.0, 'share of furniture that moves', minimum=0.0, maximum=1.0)
     shadows: bool = option(False, 'cast shadows')
-    kinds: tuple[str, ...] = option(
+    motions: tuple[str, ...] = option(
         ('hand_held',), 'ways to carry the camera; one is drawn per step'
     )
+    worlds: tuple[str, ...] = option(('room',), 'kinds of worlds; one is drawn per step')
     windows: tuple[int, ...] = option(
         (0,), 'attention windows; 0 = causal, -1 = all frames; one is drawn per step'
     )

@@ -228,7 +228,7 @@ def test_wrong_recipes_say_what_is_wrong(tmp_path):
     with pytest.raises(ConfigError, match='unknown option'):
         from_dict(TrainingConfig, {'learning_rate': 3})
     with pytest.raises(ConfigError, match='carry a camera'):
-        DataMixture(recipe(stages=(StageConfig(kinds=('teleport',)),))).batch(0, 0)
+        DataMixture(recipe(stages=(StageConfig(motions=('teleport',)),))).batch(0, 0)
     with pytest.raises(DataError, match='no scene found'):
         SceneFolder(FolderConfig(path=str(tmp_path)))
     with pytest.raises(ConfigError, match='no training data'):
