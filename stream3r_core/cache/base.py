@@ -28,6 +28,8 @@ class KVCache(ABC):
     query_fraction: float = 1.0
     #: The network must hand the new queries of each layer to :meth:`record`.
     needs_queries: bool = False
+    #: The network must hand what each MLP adds to the new tokens to :meth:`record_update`.
+    needs_updates: bool = False
     #: The network must hand world points of the new tokens to :meth:`commit`.
     needs_points: bool = False
 
@@ -45,6 +47,9 @@ class KVCache(ABC):
 
         ``column_sums`` [1, heads, N] and the queries ``q`` [1, heads, n, head_dim].
         """
+
+    def record_update(self, layer: int, update: Tensor) -> None:  # noqa: B027 - optional hook
+        """Take what the MLP of a layer added to the new tokens, [1, n, C]."""
 
     @abstractmethod
     def commit(

@@ -54,7 +54,9 @@ class StacCache(KVCache):
         self.plan: Plan | None = None
         self.working: WorkingCache | None = None
         self.pool: TokenPool | None = None
-        self.needs_column_sums = config.heavy_hitters + config.retrieved > 0
+        scored = config.heavy_hitters + config.retrieved > 0
+        self.needs_column_sums = scored and config.score == 'attention'
+        self.needs_updates = scored and config.score == 'residual'
         self.needs_points = config.retrieved > 0
         self.needs_queries = config.retrieved > 0 and config.query_retrieval
         self.query_fraction = config.query_fraction
@@ -84,9 +86,15 @@ class StacCache(KVCache):
         self, layer: int, column_sums: Tensor | None = None, q: Tensor | None = None
     ) -> None:
         """Take the attention that each token received, and the mean of the queries."""
-        self.working.record(layer, column_sums)
+        if column_sums is not None:
+            self.working.record(layer, column_sums)
         if q is not None:
             self.query[layer] = q[0].mean(1, dtype=torch.float32)
+
+    def record_update(self, layer: int, update: Tensor) -> None:
+        """Score the new tokens by the size of what the MLP added to them; 1.0 is the mean."""
+        size = torch.linalg.vector_norm(update[0], dim=-1, dtype=torch.float32)
+        self.working.record_scores(layer, size / size.mean().clamp_min(1e-12))
 
     def commit(
         self,
@@ -108,7 +116,8 @@ class StacCache(KVCache):
         first_frame = self.num_frames
         opened = self.working.slots.open
         self._credit_retrieved()
-        self.working.close(frames, self.config.score_decay)
+        # The size of an update is a property of the token: it neither decays nor adds up.
+        self.working.close(frames, self.config.score_decay if self.needs_column_sums else None)
         if self.needs_points:
             self._place(opened, points, conf)
         self.num_frames += sum(keep)
@@ -207,12 +216,14 @@ class StacCache(KVCache):
         """Value the voxels whose tokens were attended to."""
         if self.pool is None or self._pool_is_empty:
             return
+        self.pool.value.mul_(VALUE_DECAY)
+        if not self.needs_column_sums:
+            return
         layout = self.plan.layout
         received = self.working.received[..., layout.hot :]
         queries = len(self.working.slots.open) * layout.frame_tokens
         # 1 = the tokens of this voxel drew, in the mean head, the attention of one uniform key.
         share = received * (layout.total / queries / self.pool.num_groups)
-        self.pool.value.mul_(VALUE_DECAY)
         voxel_value.add_by_slot(self.pool.value, self.working.retrieved_slot.long(), share)
 
     def _near(self) -> Tensor:

@@ -113,13 +113,20 @@ class WorkingCache:
         self.received[layer, :, :n] = column_sums[0]
         self.received[layer, :, n:] = 0.0
 
-    def close(self, frames: Sequence[int | None], decay: float) -> None:
+    def record_scores(self, layer: int, scores: Tensor) -> None:
+        """Set the scores [n T] of the open frames' tokens, for all heads of a layer."""
+        T = self.layout.frame_tokens
+        for i, slot in enumerate(self.slots.open):
+            self.score[layer, :, self._span(slot)] = scores[i * T : (i + 1) * T]
+
+    def close(self, frames: Sequence[int | None], decay: float | None) -> None:
         """Name the open frames by their index, or None to forget one; settle the scores.
 
         A score is the decayed attention received, in units of uniform attention over the hot
-        tokens, so that neither the length of the cache nor of the chunk matters.
+        tokens, so that neither the length of the cache nor of the chunk matters. ``decay`` None:
+        scores are what :meth:`record_scores` set.
         """
-        if self.layout.scored:
+        if self.layout.scored and decay is not None:
             self._settle_scores(decay)
         self._mask(s for s, frame in zip(self.slots.open, frames) if frame is None)
         self.slots.close(frames)

@@ -1,6 +1,7 @@
 """Alternating attention inside each frame and over all frames (Wang et al. 2025, VGGT)."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -43,12 +44,17 @@ class Aggregator(nn.Module):
         )
 
     def forward(
-        self, images: Tensor, attention: Callable[[int], AttentionFn], starts_sequence: bool
+        self,
+        images: Tensor,
+        attention: Callable[[int], AttentionFn],
+        starts_sequence: bool,
+        on_update: Callable[[int, Tensor], None] | None = None,
     ) -> tuple[list[Tensor], Tensor]:
         """Aggregate images [B, S, 3, H, W] in [0, 1].
 
         ``attention(layer)`` gives the attention function of a global block, over B sequences of
         S * P tokens. ``starts_sequence``: the first of these frames is the anchor of the sequence.
+        ``on_update`` is shown the layer of each global block and what its MLP adds to the tokens.
         Returns the tapped token maps, 4 x [B, S, P, 2C] (frame | global features), and the camera
         tokens of the last layer [B, S, 2C].
         """
@@ -66,7 +72,9 @@ class Aggregator(nn.Module):
             zip(self.frame_blocks, self.global_blocks)
         ):
             frame = frame_block(x, rotary=rotary)
-            x = global_block(frame.view(B, S * P, -1), attention(layer), rotary).view(B * S, P, -1)
+            seen = partial(on_update, layer) if on_update is not None else None
+            x = global_block(frame.view(B, S * P, -1), attention(layer), rotary, seen)
+            x = x.view(B * S, P, -1)
             if layer in c.dpt_layers or layer == c.depth - 1:
                 taps[layer] = torch.cat((frame, x), -1).unflatten(0, (B, S))
         return [taps[layer] for layer in c.dpt_layers], taps[c.depth - 1][:, :, 0]

@@ -89,8 +89,18 @@ class Block(nn.Module):
         self.ls2 = LayerScale(dim, layer_scale)
 
     def forward(
-        self, x: Tensor, attention: AttentionFn = attend, rotary: RotaryTables | None = None
+        self,
+        x: Tensor,
+        attention: AttentionFn = attend,
+        rotary: RotaryTables | None = None,
+        on_update: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
-        """Return the tokens [B, N, C] after attention and MLP."""
+        """Return the tokens [B, N, C] after attention and MLP.
+
+        ``on_update`` is shown what the MLP adds to the tokens.
+        """
         x = x + self.ls1(self.attn(self.norm1(x), attention, rotary))
-        return x + self.ls2(self.mlp(self.norm2(x)))
+        update = self.ls2(self.mlp(self.norm2(x)))
+        if on_update is not None:
+            on_update(update)
+        return x + update

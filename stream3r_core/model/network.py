@@ -130,6 +130,7 @@ class CausalVGGT(nn.Module):
             partial(CachedAttention, camera_cache),
             starts_sequence=first,
             outputs=outputs,
+            on_update=aggregator_cache.record_update if aggregator_cache.needs_updates else None,
         )[-1]
 
     def descriptor(self, images: Tensor) -> Tensor:
@@ -143,12 +144,13 @@ class CausalVGGT(nn.Module):
         camera_attention: Callable[[int], AttentionFn],
         starts_sequence: bool,
         outputs: Collection[str],
+        on_update: Callable[[int, Tensor], None] | None = None,
     ) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
         """Return the tapped token maps, the poses of every iteration, and the results."""
         if unknown := set(outputs) - set(OUTPUTS):
             raise InputError(f'unknown outputs {sorted(unknown)}; expected some of {OUTPUTS}')
         height, width = images.shape[-2:]
-        taps, camera_tokens = self.aggregator(images, global_attention, starts_sequence)
+        taps, camera_tokens = self.aggregator(images, global_attention, starts_sequence, on_update)
         with full_precision(images.device):
             poses = self.camera_head(camera_tokens.float(), camera_attention)
             result = {'pose_enc': poses[-1]}
@@ -201,13 +203,17 @@ class CachedAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store k, v [1, heads, n, head_dim] and return the attended values of q."""
-        seen = self.cache.update(self.layer, k, v)
-        if not self.cache.needs_column_sums:
-            return attention.attend(q, *seen)
-        attended, column_sums = attention.attend_with_column_sums(
-            q, *seen, query_fraction=self.cache.query_fraction
-        )
-        self.cache.record(self.layer, column_sums, q if self.cache.needs_queries else None)
+        cache = self.cache
+        seen = cache.update(self.layer, k, v)
+        column_sums = None
+        if cache.needs_column_sums:
+            attended, column_sums = attention.attend_with_column_sums(
+                q, *seen, query_fraction=cache.query_fraction
+            )
+        else:
+            attended = attention.attend(q, *seen)
+        if cache.needs_column_sums or cache.needs_queries:
+            cache.record(self.layer, column_sums, q if cache.needs_queries else None)
         return attended
 
 

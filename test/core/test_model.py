@@ -134,7 +134,7 @@ class RecordingCache(DenseCache):
         super().__init__(num_layers)
         self.sums = {}
 
-    def record(self, layer, column_sums):
+    def record(self, layer, column_sums, q=None):
         self.sums[layer] = column_sums
 
 

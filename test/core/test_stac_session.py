@@ -298,3 +298,38 @@ def test_unknown_policies_and_mixed_up_profiles_are_refused():
         StreamSession(golden_network('stream3r'), 'stack')
     with pytest.raises(ConfigError, match='PublishedCacheConfig'):
         spatial('stream3r', SMALL, 'stac_paper')
+
+
+# ---- the cheaper score
+
+
+def test_the_residual_score_needs_no_second_pass_and_keeps_the_tokens_it_ranks_highest(
+    monkeypatch,
+):
+    monkeypatch.setattr('stream3r_core.kernels.tiled.column_sums', _fail)
+    monkeypatch.setattr('stream3r_core.kernels.tiled.attention', _fail)
+    network = golden_network('stream3r')
+    session = spatial('stream3r', replace(SMALL, score='residual', retrieved=0, window=1))
+    sizes = []
+    record = session.cache.record_update
+
+    def watch(layer, update):
+        if layer == 1:
+            sizes.append(update[0].norm(dim=-1) / update[0].norm(dim=-1).mean())
+        record(layer, update)
+
+    session.cache.record_update = watch
+    frames = many(SIZES[0], 6)
+    stream(session, frames)
+    # Frame 0 is pinned, frame 5 recent; the best of frames 1 to 4 are the heavy hitters.
+    T = network.config.tokens_per_frame(42, 70)
+    expected = torch.cat(sizes[1:5]).topk(T).values.sort().values
+    heavy = session.cache.working.score[1, :, -T:].sort().values
+    torch.testing.assert_close(heavy, expected.expand(2, -1))
+
+
+def test_the_residual_score_works_with_the_pool():
+    session = spatial('stream3r', replace(SMALL, score='residual'))
+    outputs = stream(session, many(SIZES[0], 20))
+    assert int(session.cache.pool.num_tokens) > 0
+    assert all(x.isfinite().all() for x in outputs.values())
