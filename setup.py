@@ -33,6 +33,7 @@ setup(
         'matplotlib',
         'evo',
         'scipy',
+        'trimesh',
     ],
     extras_require={
         'test': ['pytest', 'hypothesis', 'ruff', 'triton'],
@@ -41,6 +42,7 @@ setup(
         'viewer': ['viser'],
         'train': ['accelerate', 'tensorboard'],
         'ray': ['ray'],
+        'rerun': ['rerun-sdk'],
         # Real ROS 2 (Jazzy) for machines without a ROS installation; x86_64 only.
         'ros': [
             'ros-rclpy[fastrtps]==7.1.6',

@@ -3,8 +3,11 @@
 from dataclasses import dataclass
 
 from stream3r_core.config import option
+from stream3r_core.errors import ConfigError
 from stream3r_core.evaluation.depth import ALIGNMENTS
 from stream3r_core.evaluation.reconstruction import ICP_VARIANTS
+
+EXPORTS = ('pcd', 'colmap', 'glb', 'rrd')
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,9 @@ class EvaluationConfig:
     depth_pixels: int = option(
         50_000_000, 'pixels kept for the common depth alignment', minimum=1000
     )
+    exports: tuple[str, ...] = option(
+        (), f'further files beside TUM, KITTI and PLY, any of {", ".join(EXPORTS)}'
+    )
     pictures: bool = option(True, 'draw the pictures of report.html')
     depth_strips: int = option(4, 'frames shown as depth strips in the report', minimum=0)
     icp: str = option(
@@ -49,3 +55,11 @@ class EvaluationConfig:
     warm_up_frames: int = option(
         3, 'first frames that latency figures leave out, of runs longer than 10', minimum=0
     )
+
+    def __post_init__(self):
+        for name, known in (('depth_alignments', ALIGNMENTS), ('exports', EXPORTS)):
+            unknown = sorted(set(getattr(self, name)) - set(known))
+            if unknown:
+                raise ConfigError(
+                    f'evaluation.{name}: unknown {unknown[0]!r}; known: {", ".join(known)}'
+                )

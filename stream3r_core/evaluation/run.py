@@ -1,20 +1,23 @@
 """Evaluate one input: run it through the pipeline, compare with its truth, write the results."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import yaml
 
 from stream3r_core.config import to_dict
-from stream3r_core.errors import DataError, InputError, OutputError
+from stream3r_core.errors import DataError, InputError, MissingDependencyError, OutputError
 from stream3r_core.evaluation import pictures
 from stream3r_core.evaluation.conditions import conditions
 from stream3r_core.evaluation.config import EvaluationConfig
 from stream3r_core.evaluation.datasets.frames import Clip, Frame
 from stream3r_core.evaluation.depth import DepthAccumulator, depth_at
+from stream3r_core.evaluation.exports import Camera, write_colmap, write_glb, write_rerun
 from stream3r_core.evaluation.frame_log import FrameLog
 from stream3r_core.evaluation.html import write_html
 from stream3r_core.evaluation.judge import (
@@ -23,6 +26,7 @@ from stream3r_core.evaluation.judge import (
     judge_speed,
     judge_trajectory,
 )
+from stream3r_core.evaluation.pipelines import PhotoSet, Stream
 from stream3r_core.evaluation.report import Report
 from stream3r_core.evaluation.trajectory import Trajectory
 from stream3r_core.evaluation.trajectory_files import (
@@ -33,8 +37,7 @@ from stream3r_core.evaluation.trajectory_files import (
 )
 from stream3r_core.evaluation.truth_map import TruthMap
 from stream3r_core.files import atomic_write
-from stream3r_core.mapping import save_ply
-from stream3r_core.pipeline import Reconstructor
+from stream3r_core.mapping import save_pcd, save_ply
 from stream3r_core.types import FramePrediction
 
 TRAJECTORY, KITTI, TRUTH = 'trajectory.tum', 'trajectory.kitti', 'truth.tum'
@@ -52,11 +55,12 @@ class _Collected:
     truth_map: TruthMap
     strips: list[pictures.Strip]
     depth_stamps_ns: list[int]
+    cameras: list[Camera]
 
 
 def evaluate(
     clip: Clip,
-    reconstructor: Reconstructor,
+    pipeline: Stream | PhotoSet,
     folder: str | Path,
     config: EvaluationConfig | None = None,
     is_interrupted: Callable[[], bool] = lambda: False,
@@ -78,25 +82,27 @@ def evaluate(
     folder = _make_folder(Path(folder))
     report = Report(
         clip.name,
-        conditions(reconstructor.session.model),
-        {**to_dict(reconstructor.config), 'evaluation': to_dict(config)},
+        conditions(pipeline.model),
+        {**to_dict(pipeline.config), 'evaluation': to_dict(config)},
         remarks=list(clip.remarks),
     )
     _write_yaml(folder / CONFIG, report.config)
-    reconstructor.reset()
+    pipeline.reset()
     with TumWriter(folder / TRAJECTORY) as writer:
-        collected = _run(clip, reconstructor, config, report, writer, is_interrupted)
+        collected = _run(clip, pipeline, config, report, writer, is_interrupted)
     collected.log.write(folder / LOG)
     if not report.num_frames:
         reasons = f': {report.refused[0]}' if report.refused else ''
         raise DataError(f'{clip.name}: none of the images could be used{reasons}')
-    estimate = _estimate(folder / TRAJECTORY)
+    estimate = read_trajectory(folder / TRAJECTORY, 'tum')
     write_kitti(folder / KITTI, estimate)
     if clip.truth is not None and clip.truth.stamps_ns is not None:
         write_tum(folder / TRUTH, clip.truth)
-    save_ply(reconstructor.map.points(), folder / MAP)
+    cloud = pipeline.map.points()
+    save_ply(cloud, folder / MAP)
+    _export(folder, config, collected.cameras, cloud, report)
     truths = [*([] if clip.truth is None else [clip.truth]), *more_truths]
-    figures = _judge(report, truths, estimate, reconstructor, collected, config)
+    figures = _judge(report, truths, estimate, cloud, collected, config)
     report.write(folder / REPORT_JSON)
     write_html(folder / REPORT_HTML, report, figures)
     return report
@@ -117,21 +123,16 @@ def _write_yaml(path: Path, content: dict) -> None:
         file.write(yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode())
 
 
-def _estimate(path: Path) -> Trajectory:
-    trajectory = read_trajectory(path, 'tum')
-    return Trajectory(trajectory.stamps_ns, trajectory.T_world_camera, 'estimate')
-
-
-def _run(clip, reconstructor, config, report, writer, is_interrupted) -> _Collected:
-    collected = _Collected(
-        FrameLog(), None, TruthMap(config.truth_voxel_m, config.truth_points), [], []
-    )
+def _run(clip, pipeline, config, report, writer, is_interrupted) -> _Collected:
+    truth_map = TruthMap(config.truth_voxel_m, config.truth_points)
+    collected = _Collected(FrameLog(), None, truth_map, [], [], [])
     strips_due = np.arange(config.depth_strips) * len(clip.frames) / (config.depth_strips or 1)
-    for index, frame, image, prediction in _predictions(
-        clip.frames, reconstructor, collected.log, report, config, is_interrupted
-    ):
+    feeder = _Feeder(pipeline, collected.log, report)
+    for answer in feeder.answers(clip.frames, config.known_intrinsics, is_interrupted):
+        frame, image, prediction = answer.frame, answer.image, answer.prediction
         report.num_frames += 1
-        writer.write(frame.stamp_ns, prediction.T_world_camera.double().numpy())
+        collected.cameras.append(_camera(answer))
+        writer.write(frame.stamp_ns, collected.cameras[-1].T_world_camera)
         if frame.load_depth_m is None:
             continue
         try:
@@ -145,47 +146,92 @@ def _run(clip, reconstructor, config, report, writer, is_interrupted) -> _Collec
         collected.depth.add(predicted, truth_m)
         collected.depth_stamps_ns.append(frame.stamp_ns)
         collected.truth_map.add(frame, image, truth_m)
-        if np.count_nonzero(strips_due <= index) > len(collected.strips):
+        if np.count_nonzero(strips_due < report.num_frames) > len(collected.strips):
             collected.strips.append(pictures.Strip(frame.name, image, truth_m, predicted))
     return collected
 
 
-def _predictions(
-    frames: Iterable[Frame],
-    reconstructor: Reconstructor,
-    log: FrameLog,
-    report: Report,
-    config: EvaluationConfig,
-    is_interrupted: Callable[[], bool],
-) -> Iterator[tuple[int, Frame, np.ndarray, FramePrediction]]:
-    """Process the frames in order; refuse and name those that cannot be used."""
-    for index, frame in enumerate(frames):
-        if is_interrupted():
-            report.interrupted = True
-            return
+def _export(folder: Path, config: EvaluationConfig, cameras, cloud, report: Report) -> None:
+    """Write the further files that were asked for; a missing package is a remark."""
+    writers = {
+        'pcd': lambda: save_pcd(cloud, folder / 'map.pcd'),
+        'colmap': lambda: write_colmap(folder / 'colmap', cameras, cloud),
+        'glb': lambda: write_glb(folder / 'map.glb', cameras, cloud),
+        'rrd': lambda: write_rerun(folder / 'run.rrd', cameras, cloud),
+    }
+    for name in config.exports:
         try:
-            image = frame.load_image()
-            started = time.perf_counter()
-            K = frame.K if config.known_intrinsics else None
-            prediction = reconstructor.process(image, frame.stamp_ns, K)
-        except (DataError, InputError) as error:
-            report.refused.append(f'{frame.name}: {error}')
-            continue
-        latency_ms = 1000 * (time.perf_counter() - started)
-        session = reconstructor.session
-        cache_bytes = session.cache.num_bytes + session.camera_cache.num_bytes
-        log.add(frame.stamp_ns, latency_ms, cache_bytes, reconstructor.map.num_points)
-        yield index, frame, image, prediction
+            writers[name]()
+        except MissingDependencyError as error:
+            report.remarks.append(f'no {name} file: {error}')
 
 
-def _judge(report, truths, estimate, reconstructor, collected, config) -> list[pictures.Figure]:
+@dataclass
+class _Answer:
+    """A frame with its image and what the network says about it."""
+
+    frame: Frame
+    image: np.ndarray
+    prediction: FramePrediction
+
+
+class _Feeder:
+    """Feeds frames to a pipeline in order; frames wait here until their answer comes."""
+
+    def __init__(self, pipeline: Stream | PhotoSet, log: FrameLog, report: Report):
+        self._pipeline, self._log, self._report = pipeline, log, report
+        self._waiting: deque[tuple[Frame, np.ndarray]] = deque()
+        self._busy_ms = 0.0
+
+    def answers(
+        self, frames: Iterable[Frame], use_K: bool, is_interrupted: Callable[[], bool]
+    ) -> Iterator[_Answer]:
+        """Yield the answers in the order of the frames; name those that cannot be used."""
+        for frame in frames:
+            if is_interrupted():
+                self._report.interrupted = True
+                break
+            try:
+                image = frame.load_image()
+                self._waiting.append((frame, image))
+                K = frame.K if use_K else None
+                yield from self._answered(partial(self._pipeline.feed, image, frame.stamp_ns, K))
+            except (DataError, InputError) as error:
+                self._report.refused.append(f'{frame.name}: {error}')
+        yield from self._answered(self._pipeline.flush)
+
+    def _answered(self, ask: Callable[[], list[FramePrediction]]) -> Iterator[_Answer]:
+        started = time.perf_counter()
+        predictions = ask()
+        self._busy_ms += 1000 * (time.perf_counter() - started)
+        share_ms = self._busy_ms / max(len(predictions), 1)
+        for prediction in predictions:
+            frame, image = self._waiting.popleft()
+            while frame.stamp_ns != prediction.stamp_ns:  # it was refused
+                frame, image = self._waiting.popleft()
+            pipeline = self._pipeline
+            self._log.add(frame.stamp_ns, share_ms, pipeline.cache_bytes, pipeline.map.num_points)
+            self._busy_ms = 0.0
+            yield _Answer(frame, image, prediction)
+
+
+def _camera(answer: _Answer) -> Camera:
+    """The estimated view, in pixels of the camera image."""
+    frame, prediction = answer.frame, answer.prediction
+    name = frame.image_path.name if frame.image_path else frame.name
+    K = prediction.geometry.camera_K(prediction.K).double().numpy()
+    pose = prediction.T_world_camera.double().numpy()
+    return Camera(name, frame.stamp_ns, pose, K, prediction.geometry.camera_size_hw)
+
+
+def _judge(report, truths, estimate, predicted, collected, config) -> list[pictures.Figure]:
     """Fill the report and return its pictures."""
     ates = []
     for truth in truths or [None]:
         against = truth.name if len(truths) > 1 else ''
         ates.append(judge_trajectory(report, truth, estimate, config, against))
     depth = judge_depth(report, collected.depth, config)
-    predicted, true_cloud = reconstructor.map.points(), collected.truth_map.cloud()
+    true_cloud = collected.truth_map.cloud()
     judged_map = judge_map(report, predicted, true_cloud.points_xyz, ates[0].get('sim3'), config)
     judge_speed(report, collected.log, config)
     if not config.pictures:

@@ -1,7 +1,5 @@
 """A pipeline that answers with the truth, moved by a known similarity: judges must recover it."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import torch
 from scipy.spatial.transform import Rotation
@@ -35,13 +33,12 @@ def room_clip(num_frames=12, height=48, width=64, seed=3):
 
 
 class Oracle:
-    """Stands where the Reconstructor stands; ``scale`` and a rotation hide the truth's frame."""
+    """Stands where the pipeline stands; ``scale`` and a rotation hide the truth's frame."""
 
     def __init__(self, clip, scale=0.4, noise_m=0.0):
         self.config = CONFIG
-        model = load_configured_model(CONFIG.model)
-        cache = SimpleNamespace(num_bytes=1024)
-        self.session = SimpleNamespace(model=model, cache=cache, camera_cache=cache)
+        self.model = load_configured_model(CONFIG.model)
+        self.cache_bytes = 1024
         self.map = VoxelMap(MappingConfig(voxel_size=0.01 * scale, edge_ratio=0.0))
         self._frames = {frame.stamp_ns: frame for frame in clip.frames}
         self._scale, self._noise_m = scale, noise_m
@@ -53,7 +50,10 @@ class Oracle:
     def reset(self):
         self.map.clear()
 
-    def process(self, image, stamp_ns, K=None):
+    def flush(self):
+        return []
+
+    def feed(self, image, stamp_ns, K=None):
         frame = self._frames[stamp_ns]
         depth = torch.from_numpy(frame.load_depth_m()).float() * self._scale
         pose = self._T @ frame.T_world_camera
@@ -72,4 +72,4 @@ class Oracle:
             geometry=ImageGeometry(size, size, (1.0, 1.0), (0, 0)),
         )
         self.map.integrate(prediction)
-        return prediction
+        return [prediction]

@@ -10,15 +10,17 @@ import pytest
 import yaml
 from oracle import CONFIG, Oracle, room_clip
 
+from stream3r_core.config import CoreConfig, from_dict, to_dict
 from stream3r_core.errors import DataError, OutputError
 from stream3r_core.evaluation.config import EvaluationConfig
 from stream3r_core.evaluation.datasets.frames import Clip
+from stream3r_core.evaluation.pipelines import make_pipeline
 from stream3r_core.evaluation.report import read_report
 from stream3r_core.evaluation.run import FILES, evaluate
 from stream3r_core.evaluation.trajectory import Trajectory
 from stream3r_core.evaluation.trajectory_files import read_trajectory
 from stream3r_core.mapping import load_ply
-from stream3r_core.pipeline import Reconstructor, load_configured_model
+from stream3r_core.pipeline import load_configured_model
 
 QUICK = EvaluationConfig(icp='none', pictures=False)
 WITH_PICTURES = EvaluationConfig(icp='none')
@@ -132,7 +134,7 @@ def test_frames_that_cannot_be_used_are_named_and_the_rest_counts(clip, tmp_path
     frames[4] = dataclasses.replace(frames[4], load_depth_m=broken)
     damaged = dataclasses.replace(clip, frames=tuple(frames))
     model = load_configured_model(CONFIG.model)
-    report = evaluate(damaged, Reconstructor(model, CONFIG), tmp_path, QUICK)
+    report = evaluate(damaged, make_pipeline(model, CONFIG), tmp_path, QUICK)
     assert report.num_frames == len(clip) - 1
     assert report.refused == ['frame 2: the file is cut short']
     assert any('frame 4: no true depth' in remark for remark in report.remarks)
@@ -146,8 +148,8 @@ def test_a_real_network_gets_the_image_only(clip, tmp_path):
         dataclasses.replace(f, T_world_camera=np.eye(4), K=np.eye(3), load_depth_m=None)
         for f in clip.frames
     )
-    evaluate(clip, Reconstructor(model, CONFIG), tmp_path / 'a', QUICK)
-    evaluate(Clip('lies', lies), Reconstructor(model, CONFIG), tmp_path / 'b', QUICK)
+    evaluate(clip, make_pipeline(model, CONFIG), tmp_path / 'a', QUICK)
+    evaluate(Clip('lies', lies), make_pipeline(model, CONFIG), tmp_path / 'b', QUICK)
     for name in ('trajectory.tum', 'map.ply'):
         assert (tmp_path / 'a' / name).read_bytes() == (tmp_path / 'b' / name).read_bytes()
 
@@ -157,9 +159,23 @@ def test_known_intrinsics_are_used_when_asked_for(clip, tmp_path):
     maps = []
     for known in (False, True):
         config = dataclasses.replace(QUICK, known_intrinsics=known)
-        evaluate(clip.every(4), Reconstructor(model, CONFIG), tmp_path, config)
+        evaluate(clip.every(4), make_pipeline(model, CONFIG), tmp_path, config)
         maps.append((tmp_path / 'map.ply').read_bytes())
     assert maps[0] != maps[1]
+
+
+@pytest.mark.parametrize('mode', ['stac_paper', 'full'])
+def test_answers_that_come_together_belong_to_their_own_frames(clip, tmp_path, mode):
+    """Chunks (published STAC) and photo sets answer several frames at a time."""
+    config = from_dict(CoreConfig, {**to_dict(CONFIG), 'session': {'mode': mode}})
+    pipeline = make_pipeline(load_configured_model(config.model), config)
+    frames = list(clip.take(range(6)).frames)
+    frames[3] = dataclasses.replace(frames[3], load_image=lambda: np.zeros((0, 4, 3), np.uint8))
+    report = evaluate(Clip('six', tuple(frames)), pipeline, tmp_path, QUICK)
+    assert report.num_frames == 5 and report.refused[0].startswith('frame 3:')
+    stamps = [f.stamp_ns for i, f in enumerate(frames) if i != 3]
+    assert read_trajectory(tmp_path / 'trajectory.tum').stamps_ns.tolist() == stamps
+    assert report.value('map points') > 0
 
 
 def test_an_interrupted_run_reports_what_it_has(clip, tmp_path):
