@@ -30,7 +30,7 @@ def write_html(path: Path, report: Report, figures: list[Figure]) -> None:
         f'<p>{report.num_frames} frames{_ended(report)}</p>',
         *(_group(report, group) for group in GROUPS),
         '<h2>Pictures</h2>',
-        *(_figure(figure) for figure in figures),
+        *(figure_tag(figure) for figure in figures),
         _list('Remarks', report.remarks),
         _list('Frames that could not be used', report.refused),
         '<h2>Conditions</h2>',
@@ -110,7 +110,8 @@ def _metric_table(metrics: list[Metric]) -> str:
     return table(header, rows)
 
 
-def _figure(figure: Figure) -> str:
+def figure_tag(figure: Figure) -> str:
+    """Return a picture with its caption, inside the page."""
     data = base64.b64encode(figure.png).decode()
     caption = escape(figure.caption)
     return (

@@ -139,7 +139,7 @@ def judge_map(
 
 
 def _add_map(report: Report, result: MapErrors) -> None:
-    how = f'Sim(3) of the trajectory, then {ICP_VARIANTS[result.icp.variant]}'
+    how = f'Sim(3) of the trajectory, {ICP_VARIANTS[result.icp.variant]}'
     for name, value in result.errors.summary.items():
         unit = 'm' if name.endswith('_m') else ''
         label = name.removesuffix('_m').replace('_', ' ')

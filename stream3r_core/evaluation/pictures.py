@@ -211,3 +211,21 @@ def speed(log: FrameLog) -> Figure:
     for axis in axes.flat:
         axis.grid(alpha=0.3)
     return _finished(figure, 'Latency and memory over frames.')
+
+
+def scatter(
+    labels: Sequence[tuple[str, str]], panels: Sequence[dict[str, tuple[float, float]]]
+) -> Figure:
+    """Named points, two panels in a row; ``labels`` are those of the axes of each panel."""
+    figure, axes = _canvas((len(panels) + 1) // 2, 2, 11, 4 * ((len(panels) + 1) // 2))
+    for axis, (x_label, y_label), points in zip(axes.flat, labels, panels):
+        for name, (x, y) in points.items():
+            axis.plot(x, y, 'o')
+            axis.annotate(name, (x, y), xytext=(5, 5), textcoords='offset points', fontsize=9)
+        axis.set(xlabel=x_label, ylabel=y_label, ylim=(0, None))
+        axis.set_xlim(0, None)
+        axis.margins(x=0.25, y=0.2)
+        axis.grid(alpha=0.3)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    return _finished(figure, 'Quality against cost; left and low is good.')

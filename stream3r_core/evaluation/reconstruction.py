@@ -14,7 +14,7 @@ from stream3r_core.errors import DataError, MissingDependencyError
 ICP_VARIANTS = {
     'point_to_point': 'Open3D point-to-point, 30 iterations',
     'point_to_plane': 'Open3D point-to-plane on the true normals, 50 iterations',
-    'none': 'no ICP',
+    'none': 'no ICP and no normals',
 }
 ICP_MAX_POINTS = 1_000_000  # of either cloud; larger ones are thinned to a stated voxel grid
 OPEN3D_REMEDY = "pip install 'stream3r_ros[open3d]' (and libusb-1.0, libGL of the system)"
@@ -282,12 +282,12 @@ def map_errors(
 ) -> MapErrors:
     """Published map metrics: ICP of ``prediction`` to ``truth``, normals, nearest neighbours.
 
-    Raises MissingDependencyError without Open3D.
+    Raises MissingDependencyError without Open3D, but for variant 'none', which leaves out
+    registration and normals.
     """
     registration = icp(prediction, truth, variant, max_distance_m)
     T = registration.T_truth_prediction
     registered = prediction @ T[:3, :3].T + T[:3, 3]
-    errors = cloud_errors(
-        registered, truth, estimate_normals(registered), estimate_normals(truth), threshold_m
-    )
+    normals = () if variant == 'none' else map(estimate_normals, (registered, truth))
+    errors = cloud_errors(registered, truth, *normals, threshold_m=threshold_m)
     return MapErrors(errors, registration, registered, truth)
