@@ -10,30 +10,51 @@ from stream3r_core.training.settings import OptimizerConfig
 
 
 def make_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    """Return the optimisers of all parameters that want a gradient."""
+    """Return the optimisers of all parameters that want a gradient.
+
+    Every parameter group has a ``factor``, which :func:`set_learning_rate` applies.
+    """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    matrices = [p for n, p in named if config.name == 'muon' and p.ndim == 2 and '_blocks.' in n]
-    taken = {id(p) for p in matrices}
-    rest = [p for _, p in named if id(p) not in taken]
-    groups = [
-        {'params': [p for p in rest if p.ndim > 1], 'weight_decay': config.weight_decay},
-        {'params': [p for p in rest if p.ndim <= 1], 'weight_decay': 0.0},
-    ]
-    optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95))]
-    if matrices:
-        if not hasattr(torch.optim, 'Muon'):
-            raise MissingDependencyError(
-                f'optimizer muon needs torch >= 2.9, this is {torch.__version__}; use adamw'
-            )
-        optimizers.append(
-            torch.optim.Muon(
-                matrices,
-                lr=config.lr,
-                weight_decay=config.weight_decay,
-                adjust_lr_fn='match_rms_adamw',
-            )
-        )
+    is_matrix = {n: p.ndim == 2 and '_blocks.' in n for n, p in named}
+    matrices = [p for n, p in named if is_matrix[n]]
+    groups = []
+    for factor, chosen in (
+        (config.camera_factor, [p for n, p in named if n.startswith('camera_head.')]),
+        (
+            config.rest_factor,
+            [p for n, p in named if not n.startswith('camera_head.') and not is_matrix[n]],
+        ),
+        (1.0, matrices if config.name == 'adamw' else []),
+    ):
+        for decay, some in (
+            (config.weight_decay, [p for p in chosen if p.ndim > 1]),
+            (0.0, [p for p in chosen if p.ndim <= 1]),
+        ):
+            if some:
+                groups.append({'params': some, 'weight_decay': decay, 'factor': factor})
+    optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95))] if groups else []
+    if config.name == 'muon' and matrices:
+        optimizers.append(_muon(matrices, config))
     return optimizers
+
+
+def _muon(matrices: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Muon (Jordan 2024) with steps as large as those of AdamW."""
+    if not hasattr(torch.optim, 'Muon'):
+        raise MissingDependencyError(
+            f'optimizer muon needs torch >= 2.9, this is {torch.__version__}; use adamw'
+        )
+    group = {'params': matrices, 'factor': 1.0}
+    return torch.optim.Muon(
+        [group], lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn='match_rms_adamw'
+    )
+
+
+def set_learning_rate(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
+    """Give every parameter group its share of the learning rate."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group['lr'] = lr * group['factor']
 
 
 def learning_rate(step: int, total: int, config: OptimizerConfig) -> float:

@@ -47,6 +47,15 @@ class OptimizerConfig:
 
     name: str = option('adamw', 'optimiser', choices=('adamw', 'muon'))
     lr: float = option(6e-4, 'peak learning rate', minimum=0.0)
+    camera_factor: float = option(
+        1.0,
+        'learning rate of the camera head, as a share: its answer is nine numbers, which a '
+        'step of all its weights shakes',
+        minimum=0.0,
+    )
+    rest_factor: float = option(
+        1.0, 'the same for everything else outside the matrices of the transformer', minimum=0.0
+    )
     min_lr: float = option(1e-6, 'learning rate at the end', minimum=0.0)
     warmup_steps: int = option(100, 'steps of linear warm-up', minimum=0)
     weight_decay: float = option(0.05, 'weight decay of matrices', minimum=0.0)

@@ -26,7 +26,11 @@ from stream3r_core.training.checkpointing import (
 from stream3r_core.training.data import DataMixture, Visibility
 from stream3r_core.training.initialise import initialise
 from stream3r_core.training.objectives import make_objective
-from stream3r_core.training.optimizers import learning_rate, make_optimizers
+from stream3r_core.training.optimizers import (
+    learning_rate,
+    make_optimizers,
+    set_learning_rate,
+)
 from stream3r_core.training.settings import TrainingConfig
 from stream3r_core.training.validation import validate
 
@@ -176,13 +180,6 @@ def recompute_blocks(model: CausalVGGT) -> None:
     """Recompute the blocks of the aggregator in the backward pass; saves memory."""
     for block in [*model.aggregator.frame_blocks, *model.aggregator.global_blocks]:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-
-
-def set_learning_rate(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
-    """Give all parameter groups the same learning rate."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group['lr'] = lr
 
 
 def fast_small_attention(device: torch.device) -> AbstractContextManager:

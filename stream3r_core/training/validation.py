@@ -1,8 +1,7 @@
 """How good is it: depth and trajectory on fixed held-out sequences, beside two baselines."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -12,36 +11,30 @@ from stream3r_core.model.network import CausalVGGT
 from stream3r_core.training.batch import Batch
 
 
-@dataclass(frozen=True)
-class ValidationConfig:
-    """Which sequences are looked at; their seeds are never trained on."""
-
-    scenes: int = 20
-    frames: int = 30
-    batch: int = 4
-    mode: str = 'causal'
-    window: int = 5
-
-
 @torch.no_grad()
 def validate(
-    model: CausalVGGT, batches: Iterator[Batch], mode: str, window: int = 5
+    model: CausalVGGT, batches: Iterable[Batch], mode: str = 'causal', window: int = 5
 ) -> dict[str, float]:
     """Return means over the sequences of ``batches``.
 
-    abs_rel and delta: after one median scale per sequence. ate: after Sim(3), in percent of the
-    path's root mean square extent. rotation_deg: of the last frame against the first. ``static_*``
-    and ``velocity_*``: a camera that never moves, and one that goes on as between the first two
-    frames (told the truth about those).
+    - abs_rel, delta: depth after one median scale per sequence (delta: share within 25 %).
+    - ate_percent: position error after a similarity, of the path's root mean square extent;
+      ate_se3_percent: after a rigid alignment of the path in the scale of the depth.
+    - rotation_deg: error of the last frame's rotation against the first.
+    - rpe_m, rpe_deg: of one frame to the next, root mean square, in the scale of the depth.
+    - fov_error_deg: horizontal.
+
+    ``static_*`` and ``velocity_*`` are the same for a camera that never moves, and for one that
+    goes on as between the first two frames, which it is told.
     """
     training = model.training
     model.eval()
     rows = []
     for batch in batches:
-        with torch.autocast(batch.images.device.type, torch.bfloat16):
+        device = batch.images.device.type
+        with torch.autocast(device, torch.bfloat16):
             result = model(batch.images, mode=mode, window=window)
-        for b in range(len(batch.images)):
-            rows.append(_sequence(result, batch, b))
+        rows += [_sequence(result, batch, b) for b in range(len(batch.images))]
     model.train(training)
     return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
 
@@ -49,50 +42,66 @@ def validate(
 def _sequence(result: dict[str, Tensor], batch: Batch, b: int) -> dict[str, float]:
     truth, mask = batch.depth[b], batch.valid[b]
     depth = result['depth'][b].squeeze(-1).float()
-    scaled = depth * (truth[mask].median() / depth[mask].median())
-    ratio = torch.maximum(scaled / truth, truth / scaled)[mask]
+    scale = truth[mask].median() / depth[mask].median()
+    scaled, known = (scale * depth)[mask], truth[mask]
     height, width = truth.shape[-2:]
-    T_camera_first, K = decode_pose(result['pose_enc'][b].float(), height, width)
-    estimate = invert_se3(T_camera_first)
-    first = invert_se3(batch.T_world_camera[b, :1])
-    path = first @ batch.T_world_camera[b]
-    velocity = [torch.eye(4)]
-    for _ in range(len(path) - 1):
-        velocity.append(velocity[-1] @ path[1])
-    velocity = torch.stack(velocity)
-    static = torch.eye(4).expand_as(path)
-    extent = (path[:, :3, 3] - path[:, :3, 3].mean(0)).square().sum(-1).mean().sqrt().item()
+    T_camera_world, K = decode_pose(result['pose_enc'][b].float(), height, width)
+    estimate = invert_se3(T_camera_world)
+    estimate[:, :3, 3] *= scale
+    path = invert_se3(batch.T_world_camera[b, :1]) @ batch.T_world_camera[b]
+    static = torch.eye(4, device=path.device).expand_as(path)
+    velocity = torch.stack([torch.linalg.matrix_power(path[1], i) for i in range(len(path))])
+    extent = max(1e-6, _spread(path).item())
+    fov, true_fov = (2 * torch.atan(width / 2 / k[:, 0, 0]) for k in (K, batch.K[b]))
     row = {
-        'abs_rel': ((scaled - truth).abs() / truth)[mask].mean().item(),
-        'delta': (ratio < 1.25).float().mean().item(),
+        'abs_rel': ((scaled - known).abs() / known).mean().item(),
+        'delta': (torch.maximum(scaled / known, known / scaled) < 1.25).float().mean().item(),
+        'fov_error_deg': math.degrees((fov - true_fov).abs().mean()),
         'extent_m': extent,
-        'fov_error_deg': math.degrees(
-            (
-                2 * torch.atan(width / 2 / K[:, 0, 0])
-                - 2 * torch.atan(width / 2 / batch.K[b, :, 0, 0])
-            )
-            .abs()
-            .mean()
-        ),
+        'ate_se3_percent': 100 * path_error(estimate, path, with_scale=False) / extent,
+        **_relative_error(estimate, path),
     }
     for name, T in (('', estimate), ('static_', static), ('velocity_', velocity)):
-        row[f'{name}ate_percent'] = 100 * _ate(T, path) / max(extent, 1e-6)
-        row[f'{name}rotation_deg'] = _angle_deg(T[-1], path[-1])
+        row[f'{name}ate_percent'] = 100 * path_error(T, path, with_scale=True) / extent
+        row[f'{name}rotation_deg'] = angle_deg(T[-1], path[-1]).item()
     return row
 
 
-def _ate(estimate: Tensor, truth: Tensor) -> float:
-    """Root mean square position error in metres after the best similarity (Umeyama 1991, eq. 33).
+def path_error(estimate: Tensor, truth: Tensor, with_scale: bool) -> float:
+    """Root mean square position error of paths [S, 4, 4] after the best alignment.
 
-    The closed form also holds for a camera that stands still or moves along a line.
+    The closed form (Umeyama 1991, eq. 33) also holds for a camera that stands still or moves along
+    a line, where the alignment itself is not determined.
     """
     p, q = (T[:, :3, 3].double() - T[:, :3, 3].double().mean(0) for T in (estimate, truth))
     U, singular, Vh = torch.linalg.svd(q.T @ p / len(p))
-    singular[2] *= torch.linalg.det(U @ Vh).sign()
-    explained = singular.sum().square() / p.square().sum(-1).mean().clamp(min=1e-12)
-    return (q.square().sum(-1).mean() - explained).clamp(min=0).sqrt().item()
+    overlap = (singular * singular.new_tensor([1, 1, torch.linalg.det(U @ Vh).sign()])).sum()
+    power, true_power = p.square().sum(-1).mean(), q.square().sum(-1).mean()
+    if with_scale:
+        error = true_power - overlap.square() / power.clamp(min=1e-12)
+    else:
+        error = true_power + power - 2 * overlap
+    return error.clamp(min=0).sqrt().item()
 
 
-def _angle_deg(a: Tensor, b: Tensor) -> float:
-    cosine = ((a[:3, :3].T @ b[:3, :3]).trace() - 1) / 2
-    return math.degrees(math.acos(cosine.clamp(-1, 1).item()))
+def angle_deg(a: Tensor, b: Tensor) -> Tensor:
+    """Angle between the rotations of poses [..., 4, 4], degrees."""
+    relative = a[..., :3, :3].mT @ b[..., :3, :3]
+    cosine = (relative.diagonal(dim1=-2, dim2=-1).sum(-1) - 1) / 2
+    return torch.rad2deg(torch.acos(cosine.clamp(-1, 1)))
+
+
+def _relative_error(estimate: Tensor, truth: Tensor) -> dict[str, float]:
+    steps, true_steps = (invert_se3(T[:-1]) @ T[1:] for T in (estimate, truth))
+    error = invert_se3(true_steps) @ steps
+    angle = angle_deg(error, torch.eye(4, device=error.device))
+    return {
+        'rpe_m': error[:, :3, 3].square().sum(-1).mean().sqrt().item(),
+        'rpe_deg': angle.square().mean().sqrt().item(),
+    }
+
+
+def _spread(path: Tensor) -> Tensor:
+    """Root mean square distance of the positions from their middle."""
+    position = path[:, :3, 3]
+    return (position - position.mean(0)).square().sum(-1).mean().sqrt()

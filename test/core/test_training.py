@@ -11,11 +11,17 @@ import torch
 from stream3r_core.checkpoints import load_model
 from stream3r_core.config import ModelConfig, from_dict, to_dict
 from stream3r_core.errors import CheckpointError, ConfigError, DataError
+from stream3r_core.evaluation.datasets import tum
+from stream3r_core.evaluation.trajectory import Trajectory, ate
 from stream3r_core.geometry import unproject_to_world
-from stream3r_core.synthetic import render_sequence
-from stream3r_core.synthetic.folders import write_scene_folder
+from stream3r_core.synthetic import HAND_HELD, render_sequence
+from stream3r_core.synthetic.folders import write_scene_folder, write_tum
+from stream3r_core.synthetic.trajectories import sample_paths
+from stream3r_core.synthetic.worlds import make_world
+from stream3r_core.training.batch import make_targets
 from stream3r_core.training.checkpointing import latest_checkpoint
 from stream3r_core.training.data import DataMixture, Visibility, step_seed
+from stream3r_core.training.export import export
 from stream3r_core.training.folders import SceneFolder, choose_views
 from stream3r_core.training.objectives import query_pixels
 from stream3r_core.training.optimizers import learning_rate
@@ -27,6 +33,7 @@ from stream3r_core.training.settings import (
     TrainingConfig,
     load_recipe,
 )
+from stream3r_core.training.validation import path_error, validate
 
 SMALL = ModelConfig(
     img_size=32,
@@ -128,6 +135,52 @@ def test_the_published_objectives_train_with_a_frozen_encoder(tmp_path, loss):
     assert any(name.startswith('camera_head') for name in changed) == (loss != 'points')
 
 
+def test_exported_weights_are_small_and_answer_the_same(tmp_path):
+    main(recipe(steps=1, save_every=1), tmp_path / 'run', device='cpu')
+    folder = export(tmp_path / 'run', tmp_path / 'small.safetensors')
+    whole = folder / 'weights.safetensors'
+    assert (tmp_path / 'small.safetensors').stat().st_size < 0.55 * whole.stat().st_size
+    images = torch.rand(1, 2, 3, 24, 32)
+    with torch.no_grad():
+        a, b = (
+            load_model(None, f)(images, mode='causal')
+            for f in (whole, tmp_path / 'small.safetensors')
+        )
+    for name in ('pose_enc', 'depth'):
+        torch.testing.assert_close(a[name], b[name], atol=5e-3, rtol=5e-3)
+
+
+@pytest.mark.parametrize('alignment', ['sim3', 'se3'])
+def test_the_closed_form_path_error_equals_the_one_of_the_evaluation(alignment):
+    g = torch.Generator().manual_seed(3)
+    time_s = torch.arange(20)[None] / 5
+    world = make_world(2, g, 8)
+    a, b = sample_paths(world, time_s.expand(2, -1), HAND_HELD, g).double()
+    stamps = np.arange(20) * 10**8
+    wanted = ate(
+        Trajectory(stamps, b.numpy(), 'truth'), Trajectory(stamps, a.numpy(), 'guess'), alignment
+    ).statistics['rmse']
+    assert path_error(a, b, alignment == 'sim3') == pytest.approx(wanted, rel=1e-5)
+
+
+def test_validation_knows_a_perfect_network_and_its_baselines():
+    batch = DataMixture(recipe()).held_out(0)[0]
+    targets = make_targets(batch)
+
+    class Oracle:
+        training = False
+        eval = train = lambda self, *_: self
+
+        def __call__(self, images, mode, window):
+            return {'depth': targets.depth[..., None], 'pose_enc': targets.pose_enc}
+
+    row = validate(Oracle(), [batch])
+    assert row['abs_rel'] < 1e-5 and row['delta'] == 1 and row['fov_error_deg'] < 1e-3
+    assert max(row['ate_percent'], row['ate_se3_percent']) < 0.5
+    assert row['rotation_deg'] < 0.1 and row['rpe_deg'] < 0.1 and row['rpe_m'] < 1e-4
+    assert row['static_rotation_deg'] > 1
+
+
 def test_batches_depend_on_seed_draw_and_process_only():
     config = recipe()
     a, b = DataMixture(config, 0), DataMixture(config, 1)
@@ -161,6 +214,19 @@ def test_written_scenes_are_read_back_with_their_geometry(tmp_path):
     nearest = torch.cdist(points[0, 0].reshape(-1, 3), everything.reshape(-1, 3)).amin(1)
     assert nearest.quantile(0.95) < 0.08
     assert torch.equal(SceneFolder(config).batch(2, 3, (24, 32), seed=0).depth, batch.depth)
+
+
+def test_a_written_tum_sequence_is_read_by_the_evaluation(tmp_path):
+    recording = render_sequence(seed=3, num_frames=4, height=42, width=56)
+    write_tum(recording, tmp_path / 'room')
+    clip = tum.read(tmp_path, 'room')
+    assert len(clip) == 4
+    truth = recording.T_world_camera.numpy()
+    for i, frame in enumerate(clip.frames):
+        assert (frame.load_image() == recording.images[i].numpy()).all()
+        np.testing.assert_allclose(frame.load_depth_m(), recording.depth_m[i], atol=1.1e-4)
+        np.testing.assert_allclose(frame.T_world_camera, truth[i], atol=1e-5)
+    assert clip.frames[1].stamp_ns == recording.stamps_ns[1]
 
 
 def test_mixed_data_comes_from_both_sources(tmp_path):
