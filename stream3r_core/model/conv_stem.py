@@ -33,7 +33,7 @@ class ConvStem(nn.Module):
         self.patch_size = config.patch_size
         self.stem = nn.Sequential(*_downsampling(config.patch_size, dim))
         self.blocks = nn.Sequential(*(ConvBlock(dim) for _ in range(num_blocks)))
-        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, grid * grid, dim))
+        self.pos_embed = nn.Parameter(0.5 * smooth_positions(grid, dim))
         self.norm = nn.LayerNorm(dim)
         self._positions = PositionGrid()
 
@@ -43,6 +43,19 @@ class ConvStem(nn.Module):
         x = self.blocks(self.stem(images)).flatten(2).transpose(1, 2)
         rows, columns = height // self.patch_size, width // self.patch_size
         return self.norm(x + self._positions(self.pos_embed, 0, rows, columns))
+
+
+def smooth_positions(side: int, dim: int) -> Tensor:
+    """Sine-cosine positions [1, side * side, dim] of a grid, half of the channels for x.
+
+    At most three periods over the image: what attention brings from another frame can then be told
+    by where it came from, and grids of other sizes can be interpolated.
+    """
+    cycles = torch.logspace(-2, 1.6, dim // 4, base=2.0)
+    angles = 2 * torch.pi * torch.outer(torch.arange(side) / side, cycles)
+    axis = torch.cat((angles.sin(), angles.cos()), 1)  # [side, dim / 2]
+    along_x, along_y = axis.repeat(side, 1), axis.repeat_interleave(side, 0)
+    return torch.cat((along_x, along_y), 1)[None]
 
 
 def _downsampling(patch_size: int, dim: int) -> list[nn.Module]:

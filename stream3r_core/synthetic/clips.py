@@ -25,6 +25,8 @@ class ClipConfig:
     frames: int = 3
     fps: float = 10.0
     fov_deg: tuple[float, float] = (50.0, 85.0)  # horizontal
+    principal_shift: float = 0.0  # of the principal point, as a share of the image sides
+    distortion: tuple[float, float] = (0.0, 0.0)  # radial k1, k2
     room_half_m: tuple[float, float] = (1.5, 3.5)
     kind: str = 'room'  # see worlds.KINDS
     motion: Motion = field(default_factory=Motion)
@@ -75,7 +77,11 @@ def sample_clips(batch: int, config: ClipConfig, seed: int, device: str = 'cpu')
     T = draw_paths(world, time_s, config.motion, g)
     world = trajectories.clear_path(world, T[..., :3, 3])
     fov = torch.deg2rad(_uniform(g, batch, *config.fov_deg))
-    K = pinhole(fov, config.height, config.width).repeat_interleave(frames, 0)
+    K = pinhole(fov, config.height, config.width)
+    if config.principal_shift:
+        shift = config.principal_shift * (2 * torch.rand(batch, 2, generator=g) - 1)
+        K[:, :2, 2] += shift * torch.tensor([config.width, config.height])
+    K = K.repeat_interleave(frames, 0)
     rendering = render(
         world.repeat_frames(frames, time_s).to(device),
         T.flatten(0, 1).to(device),
@@ -84,6 +90,7 @@ def sample_clips(batch: int, config: ClipConfig, seed: int, device: str = 'cpu')
         pool,
         config.shadows,
         config.compiled,
+        config.distortion,
     )
     rgb = rendering.rgb
     if config.degrade:

@@ -25,8 +25,13 @@ class Rendering:
     moving: Tensor  # [F, H, W] bool
 
 
-def camera_rays(K: Tensor, height: int, width: int) -> Tensor:
-    """Ray vectors [F, H*W, 3] with z = 1 of the integer pixel positions, for K [F, 3, 3]."""
+def camera_rays(
+    K: Tensor, height: int, width: int, distortion: tuple[float, float] = (0.0, 0.0)
+) -> Tensor:
+    """Ray vectors [F, H*W, 3] with z = 1 of the integer pixel positions, for K [F, 3, 3].
+
+    ``distortion``: radial coefficients k1, k2 of the usual polynomial model.
+    """
     v, u = torch.meshgrid(
         torch.arange(height, device=K.device, dtype=torch.float32),
         torch.arange(width, device=K.device, dtype=torch.float32),
@@ -34,7 +39,19 @@ def camera_rays(K: Tensor, height: int, width: int) -> Tensor:
     )
     x = (u.flatten() - K[:, 0, 2, None]) / K[:, 0, 0, None]
     y = (v.flatten() - K[:, 1, 2, None]) / K[:, 1, 1, None]
+    if any(distortion):
+        x, y = _undistorted(x, y, *distortion)
     return torch.stack([x, y, torch.ones_like(x)], -1)
+
+
+def _undistorted(x: Tensor, y: Tensor, k1: float, k2: float) -> tuple[Tensor, Tensor]:
+    """Invert the radial polynomial by fixed-point iteration."""
+    ideal_x, ideal_y = x, y
+    for _ in range(20):
+        square = ideal_x.square() + ideal_y.square()
+        factor = 1 + k1 * square + k2 * square.square()
+        ideal_x, ideal_y = x / factor, y / factor
+    return ideal_x, ideal_y
 
 
 def render(
@@ -45,6 +62,7 @@ def render(
     pool: TexturePool,
     shadows: bool = True,
     compiled: bool = False,
+    distortion: tuple[float, float] = (0.0, 0.0),
 ) -> Rendering:
     """Render frame f of ``world`` (one world per frame, see ``repeat_frames``).
 
@@ -53,7 +71,7 @@ def render(
     (the first call of each size takes a minute, later ones a third of the time).
     """
     height, width = size_hw
-    rays = camera_rays(K, height, width) @ T_world_camera[:, :3, :3].transpose(1, 2)
+    rays = camera_rays(K, height, width, distortion) @ T_world_camera[:, :3, :3].transpose(1, 2)
     origin = T_world_camera[:, :3, 3]
     spread = 1 / K[:, 0, 0]
     frames = max(1, _TILE // (rays.shape[1] * world.center.shape[1]))

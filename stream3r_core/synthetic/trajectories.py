@@ -53,9 +53,7 @@ def sample_paths(
     return _poses(rotation, position)
 
 
-def loop_paths(
-    world: World, time_s: Tensor, motion: Motion, generator: torch.Generator
-) -> Tensor:
+def loop_paths(world: World, time_s: Tensor, motion: Motion, generator: torch.Generator) -> Tensor:
     """Return T_world_camera [B, S, 4, 4] of walks round the doorways of worlds of kind 'rooms'.
 
     The ellipse crosses every doorway at a right angle; after one round the camera is back where it

@@ -191,9 +191,7 @@ def _transform_parts(
     return torch.stack(rows, -1).flatten(1, 2)
 
 
-def _wall_boxes(
-    g: torch.Generator, room: Tensor, used: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _wall_boxes(g: torch.Generator, room: Tensor, used: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Thin boxes on the walls: pictures, windows, and doors that reach the floor."""
     b, n = len(room), WALL_BOXES
     wall = torch.arange(n)[None].expand(b, -1) % 4

@@ -16,10 +16,10 @@ from stream3r_core.synthetic import (
     sample_clips,
 )
 from stream3r_core.synthetic.clips import pinhole, texture_pool
-from stream3r_core.synthetic.render import render
+from stream3r_core.synthetic.render import camera_rays, render
 from stream3r_core.synthetic.textures import LEVELS, SIDE, make_textures, sample_textures
-from stream3r_core.synthetic.trajectories import clearance, sample_paths
-from stream3r_core.synthetic.worlds import make_world
+from stream3r_core.synthetic.trajectories import clear_path, clearance, sample_paths
+from stream3r_core.synthetic.worlds import make_world, without_objects
 
 SIZE = (24, 32)
 
@@ -145,3 +145,74 @@ def test_a_sequence_is_a_recording_with_truth():
     assert 2 * math.atan(28 / recording.K[0, 0]) == pytest.approx(math.pi / 2, abs=1e-5)
     with pytest.raises(ConfigError, match='positive rate'):
         render_sequence(seed=1, fps=0.0)
+
+
+def test_a_walk_through_four_rooms_comes_back_to_where_it_began():
+    recording = render_sequence(seed=5, num_frames=240, height=12, width=16, fps=4, kind='rooms')
+    path = recording.T_world_camera[:, :3, 3]
+    away = (path - path[0]).norm(dim=-1)
+    assert away.max() > 3  # it has been in the opposite room
+    later = away[int(away.argmax()) :]
+    assert later.min() < 0.3
+    again = int(away.argmax()) + int(later.argmin())
+    change = (recording.depth_m[again] - recording.depth_m[0]).abs() / recording.depth_m[0]
+    assert change.median() < 0.15
+    quadrants = {(bool(x > 0), bool(y > 0)) for x, y in path[:, :2].tolist()}
+    assert len(quadrants) == 4
+
+
+def test_walls_divide_the_four_rooms():
+    g = torch.Generator().manual_seed(1)
+    world = make_world(3, g, 256, kind='rooms')
+    half, height = world.room_half, torch.full((3,), 1.5)
+    for axis in (0, 1):
+        wall, doorway = torch.zeros(3, 3), torch.zeros(3, 3)
+        wall[:, axis], doorway[:, axis] = 0.25 * half[:, axis], 0.5 * half[:, axis]
+        wall[:, 2] = doorway[:, 2] = height
+        assert (clearance(world, wall[:, None]) < 0).all()
+        assert (_partition_clearance(world, doorway) > 0.3).all()
+
+
+def _partition_clearance(world, points):
+    """Distance to the walls that belong to the room, not to furniture in a doorway."""
+    furniture = world.instance[:, : world.center.shape[1]] > 0
+    return clearance(without_objects(world, furniture), points[:, None])[:, 0]
+
+
+def test_the_sky_has_no_depth_and_the_ground_has():
+    clips = sample_clips(3, ClipConfig(height=24, width=32, frames=2, kind='open'), seed=2)
+    assert 0 < (clips.depth_m == 0).float().mean() < 0.7
+    assert (clips.depth_m[:, :, -1] > 0).all()
+
+
+def test_a_corridor_is_long_and_narrow():
+    world = make_world(20, torch.Generator().manual_seed(0), 256, kind='corridor')
+    assert (world.room_half[:, 1] > 2.5 * world.room_half[:, 0]).all()
+    with pytest.raises(ConfigError, match='unknown kind of world'):
+        make_world(1, torch.Generator(), 256, kind='castle')
+
+
+def test_distorted_rays_project_back_to_their_pixels():
+    K = pinhole(torch.tensor([1.2]), 24, 32)
+    rays = camera_rays(K, 24, 32, distortion=(-0.2, 0.05))[0]
+    square = rays[:, :2].square().sum(-1, keepdim=True)
+    distorted = rays[:, :2] * (1 - 0.2 * square + 0.05 * square**2)
+    pixel = distorted * K[0, 0, 0] + K[0, :2, 2]
+    v, u = torch.meshgrid(torch.arange(24.0), torch.arange(32.0), indexing='ij')
+    torch.testing.assert_close(pixel, torch.stack([u, v], -1).view(-1, 2), atol=1e-2, rtol=0)
+
+
+def test_the_principal_point_can_lie_off_the_middle():
+    clips = sample_clips(4, ClipConfig(height=24, width=32, frames=1, principal_shift=0.1), seed=1)
+    offset = clips.K[:, 0, :2, 2] - torch.tensor([16.0, 12.0])
+    assert (offset.abs() <= torch.tensor([3.2, 2.4])).all() and offset.abs().max() > 0.3
+
+
+def test_no_object_stands_in_the_way_of_a_chosen_path():
+    g = torch.Generator().manual_seed(3)
+    world = make_world(10, g, 256)
+    path = torch.rand(10, 80, 3, generator=g) * 2 - 1
+    path[..., 2] += 1.2
+    cleared = clear_path(world, path, 0.2)
+    objects = clearance(cleared, path)
+    assert (objects > 0.15).all() and (clearance(world, path) < 0).any()
