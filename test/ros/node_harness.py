@@ -45,6 +45,7 @@ class NodeUnderTest:
         self.messages = rclpy_messages()
         self.received = {topic: [] for topic in TOPICS}
         self.diagnostics = {}
+        self.info = None
         for topic, (type_name, qos) in TOPICS.items():
             name = topic.replace('~', '/stream3r')
             observer.create_subscription(
@@ -131,11 +132,13 @@ class NodeUnderTest:
         self.wait_for('/tf', count)
 
     def send_camera_info(self, K, height=HEIGHT, width=WIDTH, d=()):
-        """Publish intrinsics and wait until the node has taken them in."""
+        """Publish intrinsics; wait until the node has taken some in."""
         info = self.messages.camera_info(K, height, width, stamp(0), CAMERA_FRAME)
         info.d = list(map(float, d))
-        publisher = self._observer.create_publisher(CameraInfo, '/camera_info', 10)
-        self._publish_until(publisher, info, lambda: self.figure('camera_info') == 'received')
+        if self.info is None:
+            self.info = self._observer.create_publisher(CameraInfo, '/camera_info', 10)
+        self._publish_until(self.info, info, lambda: self.figure('camera_info') == 'received')
+        self.info.publish(info)
 
     def call(self, service):
         """Call ``~/service`` and return its answer."""

@@ -58,6 +58,7 @@ def test_bad_images_are_counted_and_the_session_goes_on(live):
         send_bad(live, edited(live.image(index), **fields))
     send_bad(live, live.image(20, frame_id=''))
     send_bad(live, live.image(21, frame_id='map'))
+    send_bad(live, live.messages.rgb_image(np.zeros((80, 60, 3), np.uint8), stamp(23), 'camera'))
     unstamped = live.image(22)
     unstamped.header.stamp.sec = unstamped.header.stamp.nanosec = 0
     send_bad(live, unstamped)

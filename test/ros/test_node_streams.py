@@ -104,14 +104,25 @@ def test_known_intrinsics_replace_the_predicted_ones(live):
     assert abs(unknown.k[0] - info.k[0]) > 1  # it did matter
 
 
-def test_intrinsics_of_another_size_are_not_used(live):
+def test_intrinsics_that_cannot_be_right_are_not_used_and_named_once(live):
+    bad = {
+        'camera_info is for 160 x 120 pixels': (np.diag([90.0, 90, 1]), 2 * HEIGHT, 2 * WIDTH),
+        'the camera is not calibrated': (np.zeros((3, 3)), HEIGHT, WIDTH),
+        'K must be': (np.full((3, 3), np.nan), HEIGHT, WIDTH),
+    }
     live.start()
     live.connect_camera()
-    live.send_camera_info(np.diag([90.0, 90, 1]), height=2 * HEIGHT, width=2 * WIDTH)
-    live.feed(0)
-    (info,) = live.wait_for('~/depth/camera_info', 1)
-    assert info == offline(1)[0][0].camera_info()
-    assert 'camera_info is for 160 x 120 pixels' in live.log
+    sent = 0
+    for reason, (K, height, width) in bad.items():
+        while reason not in live.log:  # the intrinsics may come after the image
+            live.send_camera_info(K, height, width)
+            live.feed(sent)
+            sent += 1
+        live.feed(sent)
+        sent += 1
+    info = live.wait_for('~/depth/camera_info', sent)
+    assert info == [frame.camera_info() for frame in offline(sent)[0]]
+    assert [live.log.count(reason) for reason in bad] == [1, 1, 1]
 
 
 @pytest.mark.parametrize('topic', ['/camera/image_raw', '/camera/image_raw/compressed'])
