@@ -24,6 +24,8 @@ class Command(NamedTuple):
 COMMANDS = {
     'demo': Command('stream3r_ros.demo', 'the whole system on a sample or your own input', True),
     'replay': Command('stream3r_ros.replay', 'reconstruct a bag, video or images offline'),
+    'evaluate': Command('stream3r_ros.evaluate', 'a lossless run against ground truth, reported'),
+    'compare': Command('stream3r_ros.compare', 'several variants over one input, side by side'),
     'node': Command('stream3r_ros.node', 'run the ROS 2 node', True),
     'play': Command('stream3r_ros.player', 'play a bag, video or images as a live camera', True),
     'train': Command('stream3r_ros.train', 'train or fine-tune a network from a recipe'),

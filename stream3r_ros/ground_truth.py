@@ -50,6 +50,21 @@ def bag_truth(
     return found
 
 
+def static_transform(bag: BagReader, target: str, source: str) -> np.ndarray | None:
+    """Return T_target_source [4, 4] from /tf_static, or None where no chain connects them."""
+    edges = _static_edges(bag)
+    poses = []
+    for frame in (target, source):
+        known = {_plain(frame): np.eye(4)}  # pose of the frame in each of its ancestors
+        for edge in _chain(edges, frame):
+            known[edge.parent] = edge.poses[0] @ list(known.values())[-1]
+        poses.append(known)
+    common = next((frame for frame in poses[0] if frame in poses[1]), None)
+    if common is None:
+        return None
+    return np.linalg.inv(poses[0][common]) @ poses[1][common]
+
+
 def _truth_topic(bag: BagReader) -> BagTopic | None:
     topics = [t for t in sorted(bag.topics.values()) if t.num_messages]
     named = [t for t in topics if _SAYS_TRUTH.search(t.name)]

@@ -34,10 +34,13 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def config_from_args(
-    args: argparse.Namespace, defaults: Mapping[str, Any] | None = None
+    args: argparse.Namespace,
+    defaults: Mapping[str, Any] | None = None,
+    config_type: type[NodeConfig] = NodeConfig,
 ) -> NodeConfig:
     """Return the configuration of ``--config`` and ``--set``, over ``defaults`` of the command.
 
+    ``config_type``: NodeConfig, or with the further options of a command.
     Raises :class:`ConfigError` for what cannot be read, is unknown or out of range.
     """
     values: dict[str, Any] = {}
@@ -45,7 +48,7 @@ def config_from_args(
     _merge(values, read_options(args.config) if args.config else {})
     for text in args.overrides:
         _set_option(values, text)
-    return from_dict(NodeConfig, values)
+    return from_dict(config_type, values)
 
 
 def read_options(path: str | Path) -> dict[str, Any]:

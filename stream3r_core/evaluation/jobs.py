@@ -86,7 +86,7 @@ def _submitted(jobs: Mapping[str, Job], num_workers: int) -> Iterator[tuple[str,
 def _set_threads(number: int) -> None:
     import torch
 
-    torch.set_num_threads(number)
+    torch.set_num_threads(min(number, torch.get_num_threads()))
 
 
 def _on_ray(jobs: Mapping[str, Job], address: str) -> Iterator[Outcome]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import yaml
+from tqdm import tqdm
 
 from stream3r_core.config import to_dict
 from stream3r_core.errors import DataError, InputError, MissingDependencyError, OutputError
@@ -128,7 +129,8 @@ def _run(clip, pipeline, config, report, writer, is_interrupted) -> _Collected:
     collected = _Collected(FrameLog(), None, truth_map, [], [], [])
     strips_due = np.arange(config.depth_strips) * len(clip.frames) / (config.depth_strips or 1)
     feeder = _Feeder(pipeline, collected.log, report)
-    for answer in feeder.answers(clip.frames, config.known_intrinsics, is_interrupted):
+    answers = feeder.answers(clip.frames, config.known_intrinsics, is_interrupted)
+    for answer in tqdm(answers, clip.name, len(clip.frames), unit='frame', disable=None):
         frame, image, prediction = answer.frame, answer.image, answer.prediction
         report.num_frames += 1
         collected.cameras.append(_camera(answer))
@@ -182,6 +184,7 @@ class _Feeder:
         self._pipeline, self._log, self._report = pipeline, log, report
         self._waiting: deque[tuple[Frame, np.ndarray]] = deque()
         self._busy_ms = 0.0
+        self._last_ns = -1
 
     def answers(
         self, frames: Iterable[Frame], use_K: bool, is_interrupted: Callable[[], bool]
@@ -193,12 +196,18 @@ class _Feeder:
                 break
             try:
                 image = frame.load_image()
+                self._check_order(frame.stamp_ns)
                 self._waiting.append((frame, image))
                 K = frame.K if use_K else None
                 yield from self._answered(partial(self._pipeline.feed, image, frame.stamp_ns, K))
             except (DataError, InputError) as error:
                 self._report.refused.append(f'{frame.name}: {error}')
         yield from self._answered(self._pipeline.flush)
+
+    def _check_order(self, stamp_ns: int) -> None:
+        if stamp_ns <= self._last_ns:
+            raise InputError(f'stamp {stamp_ns} ns is not after the one before, {self._last_ns}')
+        self._last_ns = stamp_ns
 
     def _answered(self, ask: Callable[[], list[FramePrediction]]) -> Iterator[_Answer]:
         started = time.perf_counter()

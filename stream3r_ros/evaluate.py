@@ -1,0 +1,311 @@
+"""``stream3r evaluate``: a lossless run over recordings with truth, numbers and pictures."""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from pathlib import Path
+
+from stream3r_core.config import CoreConfig, WeightsConfig, from_dict, to_dict
+from stream3r_core.errors import ConfigError, DataError
+from stream3r_core.evaluation.conditions import code_version
+from stream3r_core.evaluation.config import EvaluationConfig
+from stream3r_core.evaluation.datasets import DATASETS, dataset
+from stream3r_core.evaluation.datasets.folder import read as read_folder
+from stream3r_core.evaluation.datasets.frames import Clip
+from stream3r_core.evaluation.html import number
+from stream3r_core.evaluation.jobs import run_jobs
+from stream3r_core.evaluation.pipelines import make_pipeline
+from stream3r_core.evaluation.report import Report, read_report
+from stream3r_core.evaluation.run import FILES, REPORT_HTML, REPORT_JSON, evaluate
+from stream3r_core.evaluation.suites import SUITES, SuiteRun, run_suite
+from stream3r_core.evaluation.summary import as_text, write_summary
+from stream3r_core.evaluation.trajectory import Trajectory
+from stream3r_core.evaluation.trajectory_files import read_trajectory
+from stream3r_core.pipeline import load_configured_model, resolve_device
+from stream3r_ros.bag import is_bag
+from stream3r_ros.clips import SourceFrames, bag_clip
+from stream3r_ros.config import NodeConfig
+from stream3r_ros.options import (
+    add_config_arguments,
+    add_output_arguments,
+    config_from_args,
+    output_folder,
+)
+from stream3r_ros.replay import INTERRUPTED, first_interrupt_ends_the_loop
+from stream3r_ros.sources import DEFAULT_RATE_HZ, are_photos, file_source
+
+HEADLINES = (
+    ('ATE RMSE', 'Sim(3)', 'ATE Sim(3)', 'm'),
+    ('ATE RMSE', 'SE(3)', 'ATE SE(3)', 'm'),
+    ('AbsRel', 'scale', 'depth AbsRel', ''),
+    ('accuracy mean', '', 'map accuracy', 'm'),
+    ('latency p50', '', 'latency', 'ms'),
+)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(NodeConfig):
+    """The options of a replay and those of the evaluation."""
+
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One input of an evaluation: everything that a worker process needs."""
+
+    name: str
+    inputs: tuple[str, ...]  # one recording, or photos
+    folder: Path
+    config: EvaluateConfig
+    dataset: str = ''
+    image_topic: str = ''
+    depth: str = ''
+    ground_truth: tuple[str, ...] = ()
+    rate_hz: float = DEFAULT_RATE_HZ
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``stream3r evaluate``."""
+    parser.add_argument(
+        'input',
+        nargs='*',
+        help='bags, videos, folders of images, dataset roots (--dataset), or photos',
+    )
+    add_output_arguments(parser)
+    add_config_arguments(parser)
+    add_recording_arguments(parser)
+    parser.add_argument('--suite', choices=tuple(SUITES), help='run a whole published protocol')
+    parser.add_argument('--data', metavar='ROOT', help='folder of the datasets of --suite')
+    parser.add_argument(
+        '--workers', type=int, metavar='N', help='local processes for several inputs or a suite'
+    )
+    parser.add_argument(
+        '--ray', default='', metavar='ADDRESS', help='use a Ray cluster instead of processes'
+    )
+
+
+def add_recording_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare how an input and its truth are to be read."""
+    parser.add_argument('--image-topic', default='', metavar='TOPIC', help='images of a bag')
+    parser.add_argument(
+        '--ground-truth',
+        action='append',
+        default=[],
+        metavar='FILE|TOPIC|none',
+        help='true trajectory; repeat it to compare with several; default: what the input has',
+    )
+    parser.add_argument(
+        '--depth',
+        default='',
+        metavar='TOPIC|FOLDER|none',
+        help='true depth: a topic of the bag, or a folder of depth maps named like the images',
+    )
+    parser.add_argument(
+        '--dataset', default='', choices=('', *DATASETS), metavar='NAME', help='published layout'
+    )
+    parser.add_argument(
+        '--clip', action='append', default=[], metavar='NAME', help='of --dataset; default: all'
+    )
+    parser.add_argument(
+        '--rate',
+        type=float,
+        default=DEFAULT_RATE_HZ,
+        metavar='HZ',
+        help='of image files whose names are no stamps (default: %(default)g)',
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command and return its exit code."""
+    photos = bool(args.input) and are_photos(args.input)
+    defaults = (
+        {'session.mode': 'full'} if photos else {'session.mode': 'causal'} if args.suite else {}
+    )
+    config = config_from_args(args, defaults, EvaluateConfig)
+    if args.suite:
+        return _run_suite(args, config)
+    tasks = tasks_from_args(args, config)
+    if len(tasks) == 1:
+        return _run_one(tasks[0], args.overwrite)
+    return _run_many(tasks, args)
+
+
+def tasks_from_args(args: argparse.Namespace, config: EvaluateConfig) -> list[Task]:
+    """Return one task per input, or per clip of a dataset; photos are one input."""
+    if not args.input:
+        raise ConfigError('give an input to evaluate, or --suite NAME --data ROOT')
+    common = {
+        'config': config,
+        'dataset': args.dataset,
+        'image_topic': args.image_topic,
+        'depth': args.depth,
+        'ground_truth': tuple(args.ground_truth),
+        'rate_hz': args.rate,
+    }
+    output = Path(args.output)
+    if args.dataset:
+        found = [
+            (root, name)
+            for root in args.input
+            for name in args.clip or dataset(args.dataset).names(root)
+        ]
+        named = {name.replace('/', '__'): (root, name) for root, name in found}
+    elif are_photos(args.input):
+        named = {'photos': tuple(args.input)}
+    else:
+        named = {_unique(Path(text), args.input): (text,) for text in args.input}
+    if len(named) == 1:
+        ((name, inputs),) = named.items()
+        return [Task(name, inputs, output, **common)]
+    return [Task(name, inputs, output / name, **common) for name, inputs in named.items()]
+
+
+def _unique(path: Path, among: Sequence[str]) -> str:
+    """Name of an input: its last part, or as much of the path as tells it apart."""
+    parts = path.resolve().parts
+    others = [Path(text).resolve().parts for text in among]
+    for length in range(1, len(parts)):
+        if sum(other[-length:] == parts[-length:] for other in others) == 1:
+            return '__'.join(parts[-length:])
+    raise ConfigError(f'{path} is given twice')
+
+
+def open_clip(task: Task) -> tuple[Clip, list[Trajectory]]:
+    """Return the clip of a task and the further truths to compare with."""
+    wanted = [name for name in task.ground_truth if name != 'none']
+    files = [read_trajectory(name) for name in wanted if Path(name).is_file()]
+    topics = [name for name in wanted if not Path(name).is_file()]
+    path = Path(task.inputs[0])
+    if task.dataset:
+        clip = dataset(task.dataset).read(path, task.inputs[1])
+    elif len(task.inputs) == 1 and is_bag(path):
+        return _open_bag(task, files, topics)
+    elif topics:
+        raise DataError(f'--ground-truth {topics[0]} is no file')
+    elif path.is_dir():
+        depth_folder = Path(task.depth) if task.depth not in ('', 'none') else None
+        clip = read_folder(path, '.', None, depth_folder)
+    else:
+        source = file_source(task.inputs, task.rate_hz)
+        clip = Clip(source.name, SourceFrames(source))
+    return _with_truth(clip, files, task)
+
+
+def _open_bag(task: Task, files, topics) -> tuple[Clip, list[Trajectory]]:
+    path, config = task.inputs[0], task.config
+    read = partial(bag_clip, path, task.image_topic, task.depth, config=config)
+    if task.ground_truth and not topics:
+        return _with_truth(read(truth=None), files, task)
+    first, *others = topics or ['']
+    clip = read(truth=first)
+    more = [read(truth=name).truth for name in others]
+    return clip, [truth for truth in (*more, *files) if truth is not None]
+
+
+def _with_truth(clip: Clip, files, task: Task) -> tuple[Clip, list[Trajectory]]:
+    """Put the first named truth in the place of the clip's own."""
+    if not task.ground_truth:
+        return clip, []
+    if not files:
+        return Clip(clip.name, clip.frames, None, clip.remarks), []
+    first, *more = files
+    if first.stamps_ns is None and first.T_world_camera.shape[0] == len(clip.frames):
+        stamps = [frame.stamp_ns for frame in clip.frames]
+        first = Trajectory(stamps, first.T_world_camera, first.name)
+    return Clip(clip.name, clip.frames, first, clip.remarks), more
+
+
+@lru_cache(maxsize=1)
+def _model(config: WeightsConfig):
+    return load_configured_model(config)
+
+
+def evaluate_task(task: Task, is_interrupted: Callable[[], bool] = lambda: False) -> Report:
+    """Evaluate one input and write its results."""
+    clip, more_truths = open_clip(task)
+    core = from_dict(CoreConfig, {k: v for k, v in to_dict(task.config).items() if k in _CORE})
+    pipeline = make_pipeline(_model(task.config.model), core)
+    config = task.config.evaluation
+    return evaluate(clip, pipeline, task.folder, config, is_interrupted, more_truths)
+
+
+_CORE = set(to_dict(CoreConfig()))
+
+
+def _run_one(task: Task, overwrite: bool) -> int:
+    output_folder(task.folder, FILES, overwrite, task.inputs[:1])
+    with first_interrupt_ends_the_loop() as is_interrupted:
+        report = evaluate_task(task, is_interrupted)
+    print(headline(report))
+    for skipped in report.skipped:
+        print(f'  skipped {skipped.group}: {skipped.reason}')
+    print(f'results in {task.folder}: {REPORT_HTML}, {REPORT_JSON}, ...')
+    return INTERRUPTED if report.interrupted else 0
+
+
+def headline(report: Report) -> str:
+    """The numbers that a reader looks for first, on one line."""
+    parts = [f'{report.name}: {report.num_frames} frames']
+    for name, alignment, label, unit in HEADLINES:
+        found = [
+            metric.value
+            for metric in report.metrics
+            if metric.name == name and metric.alignment.startswith(alignment)
+        ]
+        if found:
+            parts.append(f'{label} {number(found[0])} {unit}'.rstrip())
+    return ', '.join(parts)
+
+
+def _run_many(tasks: list[Task], args: argparse.Namespace) -> int:
+    waiting = [task for task in tasks if args.overwrite or not _is_done(task)]
+    for task in tasks:
+        if task not in waiting:
+            print(f'{task.name}: done before; --overwrite runs it again')
+    jobs = {task.name: partial(evaluate_task, task) for task in waiting}
+    failures = 0
+    for outcome in run_jobs(jobs, workers(args.workers, tasks[0].config), args.ray):
+        failures += bool(outcome.failure)
+        print(
+            headline(outcome.value)
+            if not outcome.failure
+            else f'FAILED {outcome.name}: {outcome.failure}'
+        )
+    print(f'{len(tasks) - failures} of {len(tasks)} inputs evaluated; results in {args.output}')
+    return 1 if failures else 0
+
+
+def _is_done(task: Task) -> bool:
+    """Tell whether a whole report of the same options and code lies there."""
+    try:
+        report = read_report(task.folder / REPORT_JSON)
+    except DataError:
+        return False
+    options = {k: v for k, v in to_dict(task.config).items() if k in (*_CORE, 'evaluation')}
+    same = report.config == json.loads(json.dumps(options))
+    return same and not report.interrupted and report.conditions['code'] == code_version()
+
+
+def workers(wanted: int | None, config: EvaluateConfig) -> int | None:
+    """Number of processes: as asked for; a GPU serves one."""
+    if wanted is None and resolve_device(config.model.device).type == 'cuda':
+        return 1
+    return wanted
+
+
+def _run_suite(args: argparse.Namespace, config: EvaluateConfig) -> int:
+    if not args.data or args.input:
+        raise ConfigError('--suite needs --data ROOT and takes no other input')
+    core = from_dict(CoreConfig, {k: v for k, v in to_dict(config).items() if k in _CORE})
+    run = SuiteRun(args.suite, Path(args.data), Path(args.output), core, config.evaluation.icp)
+    records = run_suite(run, workers(args.workers, config), args.ray)
+    for table in write_summary(run, records):
+        print(as_text(table) + '\n')
+    failures = [record for record in records if record['failure']]
+    for record in failures:
+        print(f'not evaluated: {record["dataset"]} {record["clip"]}: {record["failure"]}')
+    print(f'results in {run.output / run.name}: summary.html, summary.json')
+    return 1 if any(record['clip'] for record in failures) else 0

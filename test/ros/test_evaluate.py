@@ -1,0 +1,214 @@
+"""stream3r evaluate and compare: truth found in bags and folders, many inputs, suites."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from recordings import CAMERA_FRAME, MESSAGES, SMALL, stamp, true_pose, true_tf, write_images
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / 'core'))
+
+import dataset_miniatures as miniatures
+
+from stream3r_core.errors import DataError
+from stream3r_core.evaluation.report import read_report
+from stream3r_ros.cli import main
+from stream3r_ros.clips import bag_clip
+
+K = np.array([[40.0, 0, 39.5], [0, 40.0, 29.5], [0, 0, 1]])
+DEPTH_FRAME = 'depth_optical'
+QUICK = (*SMALL, '--set', 'evaluation.pictures=false', '--set', 'evaluation.icp=none')
+
+
+def depth_map(index):
+    """A slanted wall [60, 80], metres, with a hole."""
+    depth = np.full((60, 80), 2.0 + 0.1 * index, np.float32) + np.linspace(0, 1, 80)
+    depth[:5, :5] = np.nan
+    return depth.astype(np.float32)
+
+
+def depth_of(frame_id=CAMERA_FRAME, late_ns=0):
+    return lambda i: MESSAGES.float_image(depth_map(i), stamp(i) + late_ns, frame_id)
+
+
+def info_of(frame_id=CAMERA_FRAME):
+    return lambda i: MESSAGES.camera_info(K, 60, 80, stamp(i), frame_id)
+
+
+def static_tf(index):
+    T = np.eye(4)
+    T[0, 3] = 0.1  # the depth camera sits 10 cm to the right
+    return MESSAGES.tf([MESSAGES.transform(T, stamp(index), CAMERA_FRAME, DEPTH_FRAME)])
+
+
+@pytest.fixture
+def bag(tmp_path):
+    """A bag with images, intrinsics, aligned depth and the true motion as TF."""
+    extra = {
+        '/tf': true_tf,
+        '/camera/camera_info': info_of(),
+        '/depth/image': depth_of(late_ns=4_000_000),
+    }
+    return write_images(tmp_path / 'bag', extra=extra)
+
+
+def evaluated(output, *arguments, code=0):
+    words = ['evaluate', *map(str, arguments), '--output', str(output), *QUICK]
+    assert main(words) == code
+    return output / 'report.json'
+
+
+def test_a_bag_brings_its_own_truth(bag, tmp_path):
+    report = read_report(evaluated(tmp_path / 'out', bag))
+    assert report.num_frames == 6 and not report.skipped
+    groups = {metric.group for metric in report.metrics}
+    assert groups == {'trajectory', 'depth', 'map', 'speed'}
+    assert any('/depth/image' in remark for remark in report.remarks)
+
+
+def test_depth_and_pose_of_a_bag_reach_the_frame_that_they_belong_to(bag):
+    frames = list(bag_clip(bag).frames)
+    for index, frame in enumerate(frames):
+        assert frame.stamp_ns == stamp(index)
+        np.testing.assert_allclose(frame.T_world_camera, true_pose(index), atol=1e-9)
+        np.testing.assert_array_equal(frame.load_depth_m(), np.nan_to_num(depth_map(index)))
+        np.testing.assert_array_equal(frame.K, K)
+    assert [f.stamp_ns for f in frames] == [f.stamp_ns for f in bag_clip(bag).frames]
+
+
+def test_the_frames_of_a_bag_can_be_read_again(bag):
+    clip = bag_clip(bag)
+    assert len(list(clip.frames)) == len(list(clip.frames)) == len(clip) == 6
+
+
+def test_depth_of_another_camera_is_projected_into_that_of_the_images(tmp_path):
+    extra = {
+        '/tf_static': static_tf,
+        '/camera/camera_info': info_of(),
+        '/depth/camera_info': info_of(DEPTH_FRAME),
+        '/depth/image': depth_of(DEPTH_FRAME),
+    }
+    clip = bag_clip(write_images(tmp_path / 'bag', extra=extra))
+    assert any('projected' in remark for remark in clip.remarks)
+    seen = next(iter(clip.frames)).load_depth_m()
+    # A point at depth z moves by 40 * 0.1 / z pixels to the right.
+    column = 50
+    shifted = round(column + 4 / depth_map(0)[30, column])
+    assert seen[30, shifted] == pytest.approx(depth_map(0)[30, column], abs=0.03)
+
+
+def test_depth_that_cannot_be_placed_is_a_remark_and_an_error_when_asked_for(tmp_path):
+    extra = {'/depth/image': depth_of('elsewhere')}
+    bag = write_images(tmp_path / 'bag', extra=extra)
+    clip = bag_clip(bag)
+    assert next(iter(clip.frames)).load_depth_m is None
+    assert any('/tf_static' in remark for remark in clip.remarks)
+    with pytest.raises(DataError, match='elsewhere'):
+        bag_clip(bag, depth_topic='/depth/image')
+    assert bag_clip(bag, depth_topic='none').remarks == ()
+
+
+def test_a_file_and_a_topic_stand_side_by_side_as_truths(bag, tmp_path):
+    lines = []
+    for index in range(6):
+        x, y, z = true_pose(index)[:3, 3]
+        lines.append(f'{stamp(index) / 1e9:.9f} {x} {y} {z} 0 0 0 1')
+    (tmp_path / 'other.txt').write_text('\n'.join(lines))
+    names = ('--ground-truth', '/tf', '--ground-truth', str(tmp_path / 'other.txt'))
+    report = read_report(evaluated(tmp_path / 'out', bag, *names))
+    alignments = {m.alignment for m in report.metrics if m.name == 'ATE RMSE'}
+    assert sum('other.txt' in a for a in alignments) == 2 and len(alignments) == 4
+
+
+def test_no_truth_when_none_is_wanted(bag, tmp_path):
+    arguments = ('--ground-truth', 'none', '--depth', 'none')
+    report = read_report(evaluated(tmp_path / 'out', bag, *arguments))
+    assert [s.group for s in report.skipped] == ['trajectory', 'depth', 'map']
+
+
+def test_a_folder_with_truth_beside_the_images(tmp_path):
+    miniatures.folder(tmp_path / 'data')
+    report = read_report(evaluated(tmp_path / 'out', tmp_path / 'data'))
+    assert {m.group for m in report.metrics} == {'trajectory', 'depth', 'map', 'speed'}
+
+
+def test_a_published_layout_is_read_by_its_name(tmp_path):
+    miniatures.sintel(tmp_path / 'sintel')
+    report = read_report(evaluated(tmp_path / 'out', tmp_path / 'sintel', '--dataset', 'sintel'))
+    assert report.name == 'alley_2' and report.num_frames == 3
+
+
+def test_photos_are_reconstructed_together(tmp_path):
+    miniatures.folder(tmp_path / 'data')
+    photos = sorted((tmp_path / 'data/color').iterdir())
+    report = read_report(evaluated(tmp_path / 'out', *photos))
+    assert report.config['session']['mode'] == 'full' and report.num_frames == 3
+
+
+def test_one_broken_input_stops_no_other_and_a_rerun_resumes(bag, tmp_path, capsys):
+    (tmp_path / 'empty').mkdir()
+    miniatures.folder(tmp_path / 'data')
+    inputs = (bag, tmp_path / 'empty', tmp_path / 'data', '--workers', '2')
+    evaluated(tmp_path / 'out', *inputs, code=1)
+    printed = capsys.readouterr().out
+    assert 'FAILED empty' in printed and '2 of 3 inputs' in printed
+    reports = [tmp_path / 'out' / name / 'report.json' for name in ('bag', 'data')]
+    before = [path.stat().st_mtime_ns for path in reports]
+    evaluated(tmp_path / 'out', *inputs, code=1)
+    done_again = [path.stat().st_mtime_ns for path in reports]
+    resumed = 'bag: done before' in capsys.readouterr().out
+    # Another commit between the two runs would be a reason to run again.
+    assert not resumed or done_again == before
+
+
+def test_a_suite_prints_its_tables(tmp_path, capsys):
+    miniatures.sintel(tmp_path / 'data/sintel')
+    arguments = ('--suite', 'camera_pose', '--data', tmp_path / 'data', '--workers', '0')
+    evaluated(tmp_path / 'out', *arguments)
+    printed = capsys.readouterr().out
+    assert 'this run' in printed and 'STream3R, full cache' in printed
+    summary = json.loads((tmp_path / 'out/camera_pose/summary.json').read_text())
+    assert summary['config']['session']['mode'] == 'causal'
+
+
+def test_variants_are_compared(bag, tmp_path, capsys):
+    words = ['compare', str(bag), '--output', str(tmp_path / 'out'), *QUICK]
+    words += ['--variant', 'one:session.window=1', '--variant', 'three:session.window=3']
+    assert main(words) == 0
+    content = json.loads((tmp_path / 'out/comparison.json').read_text())
+    assert content['options']['session.window'] == {'one': '1', 'three': '3'}
+    assert content['variants']['one']['cache'] < content['variants']['three']['cache']
+    assert (tmp_path / 'out/one/report.html').exists()
+    assert 'comparison.html' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        ([], 'give an input'),
+        (['--suite', 'mono_depth'], '--data'),
+        (['{bag}', '--ground-truth', '/nothing'], 'no topic'),
+        (['{bag}', '--depth', '/camera/image_raw'], 'rgb8 images'),
+        (['{bag}', '--image-topic', '/tf'], '/tf'),
+        (['{data}', '--ground-truth', 'missing.txt'], 'no file'),
+        (['{data}', '--depth', '{data}/color/none'], 'named like the images'),
+        (['{data}', '--set', 'evaluation.icp=fast'], 'point_to_point'),
+        (['{data}', '--set', 'evaluation.depth_alignments=[affine]'], 'affine'),
+        (['{data}/nowhere'], 'no such file'),
+    ],
+)
+def test_what_cannot_be_evaluated_is_said_in_one_line(bag, tmp_path, capsys, arguments, message):
+    miniatures.folder(tmp_path / 'data')
+    words = [a.format(bag=bag, data=tmp_path / 'data') for a in arguments]
+    code = main(['evaluate', *QUICK, '--output', str(tmp_path / 'out'), *words])
+    errors = [e for e in capsys.readouterr().err.splitlines() if e.startswith('stream3r: error:')]
+    assert code == 1 and len(errors) == 1 and message in errors[0]
+
+
+def test_earlier_results_are_not_replaced_unasked(bag, tmp_path, capsys):
+    evaluated(tmp_path / 'out', bag)
+    evaluated(tmp_path / 'out', bag, code=1)
+    assert '--overwrite' in capsys.readouterr().err
+    evaluated(tmp_path / 'out', bag, '--overwrite')
