@@ -5,11 +5,11 @@ ros2 launch stream3r_ros reconstruct.launch.py image_topic:=/camera/image_raw rv
 
 import os
 
+from launch import LaunchContext, LaunchDescription
 from launch.actions import DeclareLaunchArgument, ExecuteProcess, OpaqueFunction
 from launch_ros.actions import Node
 from launch_ros.substitutions import ExecutableInPackage
 
-from launch import LaunchContext, LaunchDescription
 from stream3r_ros.environment import prepare_environment
 from stream3r_ros.resources import resource
 
