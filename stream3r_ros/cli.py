@@ -5,6 +5,7 @@ A command is a module with ``add_arguments(parser)`` and ``run(args) -> int``. W
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -35,6 +36,8 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; known errors end as one line on stderr and exit code 1."""
+    # Before torch is loaded: beside other processes its threads otherwise burn time in waiting.
+    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
     argv = list(sys.argv[1:] if argv is None else argv)
     argv, ros_args = _split_ros_args(argv)
     try:

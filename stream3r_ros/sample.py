@@ -1,0 +1,41 @@
+"""The sample recording of the demo: a seeded synthetic room, seen by a hand-held camera."""
+
+from pathlib import Path
+
+from stream3r_core.synthetic import SyntheticSequence, render_sequence
+from stream3r_ros.bag import BagWriter
+from stream3r_ros.messages import rosbags_messages
+from stream3r_ros.qos import SENSOR_DATA
+
+SEED = 4
+NUM_FRAMES = 100
+CAMERA_FRAME = 'camera_optical_frame'
+ROOM_FRAME = 'room'
+IMAGE, CAMERA_INFO = '/camera/image_raw', '/camera/camera_info'
+TRUE_POSE, TRUE_DEPTH = '/ground_truth/pose', '/ground_truth/depth'
+
+
+def write_sample(path: Path, num_frames: int = NUM_FRAMES, seed: int = SEED) -> None:
+    """Render the sample and write it as a rosbag2 in mcap.
+
+    It holds images with their intrinsics and, for evaluation only, the true poses and depths, on
+    topics that nobody takes for input.
+    """
+    write_sequence(path, render_sequence(seed, num_frames))
+
+
+def write_sequence(path: Path, sequence: SyntheticSequence) -> None:
+    """Write a rendered sequence with its truth as a rosbag2 in mcap."""
+    messages = rosbags_messages()
+    height, width = sequence.images.shape[1:3]
+    K = sequence.K.numpy()
+    with BagWriter(path) as bag:
+        for index, stamp in enumerate(sequence.stamps_ns):
+            camera = (stamp, CAMERA_FRAME)
+            T_room_camera = sequence.T_world_camera[index].numpy()
+            depth_m = sequence.depth_m[index].numpy()
+            bag.write(CAMERA_INFO, messages.camera_info(K, height, width, *camera), stamp)
+            image = messages.rgb_image(sequence.images[index].numpy(), *camera)
+            bag.write(IMAGE, image, stamp, SENSOR_DATA)
+            bag.write(TRUE_POSE, messages.pose(T_room_camera, stamp, ROOM_FRAME), stamp)
+            bag.write(TRUE_DEPTH, messages.float_image(depth_m, *camera), stamp)
