@@ -9,7 +9,7 @@ A proposed loop passes through four hands.
    start would hold a true loop off after much drift. Then the solution judges: it is switched off
    where the other loops contradict it, else it is kept, with a Cauchy kernel.
 4. Contest: where several doubted loops agree with each other, they get in together, and the side
-   with more loops wins. Doubted loops are also tried again, one by one, as the graph changes.
+   with more loops wins. A doubted loop also gets in once the graph has come to agree with it.
 
 A max-mixture of two components in the sense of Olson and Agarwal, Inference on networks of
 mixtures for robust robot mapping (2013), with agreement between loops in place of a prior.
@@ -22,12 +22,11 @@ from itertools import islice
 import numpy as np
 
 from stream3r_core.backend.config import GraphConfig, LoopConfig
-from stream3r_core.backend.pose_graph import Edge, PoseGraph, moved
+from stream3r_core.backend.pose_graph import Edge, PoseGraph, moved_edges
 from stream3r_core.errors import InputError
 
 LIKELY = 24.3  # squared distance that 99.9 % of 7-dimensional Gaussian errors stay below
 _MAX_TIMES_OFF = 3  # that a loop is switched off before it is forgotten
-_RETRIES = 2  # doubted loops tried again per update
 _CONTEST_STEPS = 8
 
 
@@ -64,13 +63,11 @@ class LoopArbiter:
         if not (graph.has_news or self._proposed or not graph.is_settled):
             return False
         moves = graph.moves_on_step
-        if graph.has_news or not graph.is_settled:
+        entering = self._likely(self._supported())
+        if not (moves or entering):
             graph.step()
-        if likely := self._likely(self._supported()):
-            self._enter(likely)
-            moves = True
-        if not moves:
             return False
+        self._enter(entering)
         for _ in range(self.config.max_iterations - 1):
             if not graph.is_settled:
                 graph.step()
@@ -107,8 +104,10 @@ class LoopArbiter:
     def _likely(self, loops: list[Edge]) -> list[Edge]:
         """Those loops that gathered drift explains; the others are doubted."""
         likely = []
-        for edge in loops:
-            if self.graph.distance(edge) <= self._limit:
+        for edge, tension in zip(loops, self.graph.tensions(loops)):
+            if tension > LIKELY and self.graph.has_news:
+                self.graph.step()  # marginal covariances are of what iSAM2 knows
+            if tension <= LIKELY or self.graph.distance(edge) <= self._limit:
                 likely.append(edge)
             else:
                 self.doubted.append(edge)
@@ -126,13 +125,13 @@ class LoopArbiter:
             return False
         tension = graph.tensions(loops)
         worst = int(tension.argmax())
-        off = [loops[worst]] if tension[worst] > self._limit else []
+        off = [loops[worst]] if tension[worst] > LIKELY else []
         proved = [edge for edge in loops if edge.on_trial and edge not in off]
-        if not (off or proved):
-            return False
         for edge in proved:
             edge.on_trial = False
-        graph.step(proved, without=[*proved, *off])
+        graph.change(proved)
+        if off:
+            graph.step(without=off)
         for edge in off:
             edge.times_off += 1
             if edge.times_off < _MAX_TIMES_OFF:
@@ -141,9 +140,12 @@ class LoopArbiter:
         return bool(off)
 
     def _retry(self) -> None:
-        tried = [self.doubted.popleft() for _ in range(min(_RETRIES, len(self.doubted)))]
-        if likely := self._likely(tried):
-            self._enter(likely)
+        """Let those doubted loops in that the graph has come to agree with."""
+        doubted = list(self.doubted)
+        agreed = [e for e, d in zip(doubted, self.graph.tensions(doubted)) if d <= LIKELY]
+        if agreed:
+            self.doubted = deque((e for e in doubted if e not in agreed), self.doubted.maxlen)
+            self._enter(agreed)
             self.graph.is_settled = False
 
     def _contest(self) -> None:
@@ -155,7 +157,7 @@ class LoopArbiter:
         side = [self._last_speaker, *self._friends(self._last_speaker, list(self.doubted))]
         if len(side) < 2:
             return
-        before, poses, doubted = list(graph.edges), graph.poses(), list(self.doubted)
+        before, poses, doubted = list(graph.edges), dict(graph.poses()), list(self.doubted)
         state = [(edge, edge.on_trial, edge.times_off) for edge in (*graph.loops, *doubted)]
         count = len(graph.loops)
         for edge in side:
@@ -172,12 +174,12 @@ class LoopArbiter:
             self.doubted = deque(doubted, self.doubted.maxlen)
             graph.rebuild(before, poses)
 
-    def fold(self, pairs: list[tuple[int, int]]) -> None:
+    def fold(self, pairs: list[tuple[int, int]]) -> dict[int, np.ndarray]:
         """Fold submaps (key, into), see :meth:`PoseGraph.fold`, and the loops in hand."""
         for key, into in pairs:
-            S_into_key = self.graph.folding(key, into)
+            folding = self.graph.folding(key, into)
             for loops in (self.waiting, self.doubted, self._proposed):
-                kept = [e for edge in loops if (e := moved(edge, key, into, S_into_key))]
+                kept = moved_edges(loops, key, into, *folding)
                 loops.clear()
                 loops.extend(kept)
-        self.graph.fold(pairs)
+        return self.graph.fold(pairs)

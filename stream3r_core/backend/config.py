@@ -128,6 +128,7 @@ class LoopConfig:
         3, 'submaps up to which another loop counts as a neighbour that can agree', minimum=0
     )
     min_support: int = option(1, 'neighbouring loops that must agree', minimum=0)
+    max_per_pair: int = option(3, 'loops looked for between the same two submaps', minimum=1)
     max_pending: int = option(200, 'loops that wait for support', minimum=1)
 
 
@@ -135,7 +136,7 @@ class LoopConfig:
 class GraphConfig:
     """The pose graph."""
 
-    relinearise: float = option(0.02, 'change that makes iSAM2 linearise anew', minimum=1e-6)
+    relinearise: float = option(0.05, 'change that makes iSAM2 linearise anew', minimum=1e-6)
     max_iterations: int = option(2, 'steps per update; the next update goes on', minimum=1)
     inflation: float = option(
         2.0, 'factor by which drift may exceed its model before a loop is doubted', minimum=1.0

@@ -51,6 +51,8 @@ class PoseGraph:
         self._changed: list[Edge] = []  # in the graph, with other numbers than there
         self._poses: dict[int, np.ndarray] = {}
         self._unknown: set[int] = set()  # submaps that iSAM2 has not heard of
+        self._is_stale = False  # iSAM2 knows better
+        self._odometry: dict[int, Edge] = {}  # by the submap that it appended
         self.is_settled = True  # another step would change nothing of note
         self._isam = self._empty()
 
@@ -73,7 +75,7 @@ class PoseGraph:
 
     def pose(self, key: int) -> np.ndarray:
         """``S_map_submap`` [4, 4] of the last optimisation."""
-        return self._poses[key]
+        return self.poses()[key]
 
     @property
     def loops(self) -> list[Edge]:
@@ -83,13 +85,13 @@ class PoseGraph:
     @property
     def has_news(self) -> bool:
         """Whether measurements wait for the next step."""
-        return bool(self._new)
+        return bool(self._new or self._changed)
 
     @property
     def moves_on_step(self) -> bool:
         """Whether the next step may move what is there, rather than append to it."""
         appends = all(edge.kind in ('anchor', 'odometry') for edge in self._new)
-        return not (appends and self.is_settled)
+        return not (appends and self.is_settled and not self._changed)
 
     def add_first(self, key: int, S_map_submap: np.ndarray) -> None:
         """Begin with a submap whose place is given."""
@@ -105,7 +107,7 @@ class PoseGraph:
         if key in self._poses:
             raise InputError(f'submap {key} is in the pose graph already')
         self.check(previous)
-        self._add_pose(key, self._poses[previous] @ S_previous_key)
+        self._add_pose(key, self.pose(previous) @ S_previous_key)
         self._add('odometry', (previous, key), S_previous_key, covariance)
 
     def add_motion(self, i: int, j: int, T_i_j: np.ndarray, covariance: np.ndarray) -> None:
@@ -148,6 +150,8 @@ class PoseGraph:
         if not (np.isfinite(measurement).all() and np.isfinite(covariance).all()):
             raise InputError(f'{kind} between submaps {keys} is not finite; leave it out')
         self._new.append(Edge(kind, keys, measurement, covariance))
+        if kind == 'odometry':
+            self._odometry[keys[1]] = self._new[-1]
         if kind in ('motion', 'scale'):
             self._free_scale()
 
@@ -159,12 +163,19 @@ class PoseGraph:
                     anchor.covariance[6, 6] = FREE_SCALE**2
                     self._changed += [anchor] if edges is self.edges else []
 
+    def change(self, edges: Iterable[Edge]) -> None:
+        """Note that edges of the graph have other numbers now; the next step takes them in."""
+        self._changed.extend(edges)
+
     def step(self, loops: Iterable[Edge] = (), without: Iterable[Edge] = ()) -> None:
         """Make one step of iSAM2 with what was added and ``loops``, ``without`` some edges."""
-        without = {*without, *self._changed}
+        gone = set(without)
+        changed = [edge for edge in self._changed if edge not in gone]
+        without = {*gone, *changed}
         slots = [edge.slot for edge in without]
         self.edges = [edge for edge in self.edges if edge not in without]
-        edges, self._new, self._changed = [*self._new, *self._changed, *loops], [], []
+        edges = [*self._new, *changed, *loops]
+        self._new, self._changed = [], []
         graph, values = self._gtsam.NonlinearFactorGraph(), self._gtsam.Values()
         for edge in edges:
             graph.add(make_factor(edge, self.config))
@@ -177,19 +188,37 @@ class PoseGraph:
         self.edges.extend(edges)
         delta = self._isam.getDelta().vector()  # since the point of linearisation
         self.is_settled = bool(np.abs(delta).max(initial=0) <= self.config.relinearise)
-        self._read()
+        self._is_stale = True
 
-    def _read(self) -> None:
-        estimate = self._isam.calculateEstimate()
-        matrices = np.array([estimate.atSimilarity3(key).matrix() for key in self._poses])
-        matrices /= matrices[:, 3:, 3:]  # GTSAM writes [R, t; 0, 1 / s]
-        self._poses = dict(zip(self._poses, matrices))
+    def poses(self) -> dict[int, np.ndarray]:
+        """``S_map_submap`` of all submaps after the last step; not to be written to."""
+        if self._is_stale:
+            estimate = self._isam.calculateEstimate()
+            known = [key for key in self._poses if key not in self._unknown]
+            matrices = np.array([estimate.atSimilarity3(key).matrix() for key in known])
+            self._poses.update(zip(known, matrices / matrices[:, 3:, 3:]))  # of [R, t; 0, 1 / s]
+            self._is_stale = False
+        return self._poses
+
+    def nearby(self, i: int, j: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return ``S_i_j`` [4, 4] and a bound of the covariance [7, 7] of its tangent at j.
+
+        Along the chain of odometry only, which is cheap, and tight for submaps that are near.
+        """
+        first, last = min(i, j), max(i, j)
+        poses = self.poses()
+        covariance = np.zeros((7, 7))
+        at = last
+        while at > first:
+            edge = self._odometry[at]
+            A = sim3.adjoint(sim3.inverse(poses[j]) @ poses[at])
+            covariance = covariance + A @ edge.covariance @ A.T
+            at = edge.keys[0]
+        return sim3.inverse(poses[i]) @ poses[j], covariance
 
     def relative(self, i: int, j: int) -> tuple[np.ndarray, np.ndarray]:
         """Return ``S_i_j`` [4, 4] and the covariance [7, 7] of its tangent at j."""
-        S_i_j = sim3.inverse(self._poses[i]) @ self._poses[j]
-        if i == j:
-            return S_i_j, np.zeros((7, 7))
+        S_i_j = sim3.inverse(self.pose(i)) @ self.pose(j)
         joint = self._isam.jointMarginalCovariance([i, j]).fullMatrix()
         J = np.concatenate([-sim3.adjoint(sim3.inverse(S_i_j)), np.eye(7)], 1)
         return S_i_j, J @ joint @ J.T
@@ -206,8 +235,8 @@ class PoseGraph:
         The cycle through both depends on the graph only between their first and between their
         last ends, not on what lies between the two ends of a loop.
         """
-        S_i_k, cov_i_k = self.relative(first.keys[0], second.keys[0])
-        S_l_j, cov_l_j = self.relative(second.keys[1], first.keys[1])
+        S_i_k, cov_i_k = self.nearby(first.keys[0], second.keys[0])
+        S_l_j, cov_l_j = self.nearby(second.keys[1], first.keys[1])
         S_k_j = second.measurement @ S_l_j
         error = sim3.log(sim3.inverse(first.measurement) @ S_i_k @ S_k_j)
         to_l, to_k = (sim3.adjoint(sim3.inverse(S)) for S in (S_l_j, S_k_j))
@@ -217,35 +246,41 @@ class PoseGraph:
 
     def tensions(self, loops: list[Edge]) -> np.ndarray:
         """Squared Mahalanobis distances [L] of loops from the solution that contains them."""
+        poses = self.poses()
         first, last = (
-            np.array([self._poses[edge.keys[end]] for edge in loops]).reshape(-1, 4, 4)
-            for end in (0, 1)
+            np.array([poses[edge.keys[end]] for edge in loops]).reshape(-1, 4, 4) for end in (0, 1)
         )
         measured = np.array([edge.measurement for edge in loops]).reshape(-1, 4, 4)
         error = sim3.log(sim3.inverse(measured) @ sim3.inverse(first) @ last)
         covariance = np.array([edge.covariance for edge in loops]).reshape(-1, 7, 7)
         return (error * np.linalg.solve(covariance, error[..., None])[..., 0]).sum(-1)
 
-    def fold(self, pairs: Iterable[tuple[int, int]]) -> None:
+    def fold(self, pairs: Iterable[tuple[int, int]]) -> dict[int, np.ndarray]:
         """Make each submap ``key`` of pairs (key, into) a rigid part of the submap ``into``.
 
         Measurements at ``key`` become ones at ``into``; the graph is set up anew, once.
+        Returns ``S_into_key`` [4, 4] of each.
         """
+        similarities = {}
         for key, into in pairs:
-            self.check(key, into)
-            S_into_key = self.folding(key, into)
+            S_into_key, covariance = self.folding(key, into)
             for edges in (self.edges, self._new):
-                edges[:] = [e for edge in edges if (e := moved(edge, key, into, S_into_key))]
+                edges[:] = moved_edges(edges, key, into, S_into_key, covariance)
+            similarities[key] = S_into_key
             del self._poses[key]
         self.rebuild(self.edges)
+        return similarities
 
-    def folding(self, key: int, into: int) -> np.ndarray:
-        """``S_into_key`` [4, 4] of the last step."""
-        return sim3.inverse(self._poses[into]) @ self._poses[key]
+    def folding(self, key: int, into: int) -> tuple[np.ndarray, np.ndarray]:
+        """``S_into_key`` [4, 4] of the last step, and the covariance [7, 7] at key."""
+        self.check(key, into)
+        return self.nearby(into, key)
 
     def rebuild(self, edges: Iterable[Edge], poses: dict[int, np.ndarray] | None = None) -> None:
         """Set up iSAM2 anew with these measurements, from the present or the given poses."""
-        self._poses = {k: np.array(S, np.float64) for k, S in (poses or self._poses).items()}
+        self._poses = {k: np.array(S, np.float64) for k, S in (poses or self.poses()).items()}
+        self._is_stale = False
+        self._odometry = {e.keys[1]: e for e in (*edges, *self._new) if e.kind == 'odometry'}
         self._new, self.edges = [*edges, *self._new], []
         self._changed = []
         self._isam = self._empty()
@@ -253,22 +288,27 @@ class PoseGraph:
         if self._poses:
             self.step()
 
-    def poses(self) -> dict[int, np.ndarray]:
-        """``S_map_submap`` of all submaps after the last step."""
-        return dict(self._poses)
 
+def moved_edges(
+    edges: Iterable[Edge], key: int, into: int, S_into_key: np.ndarray, covariance: np.ndarray
+) -> list[Edge]:
+    """Return the measurements after ``key`` became part of ``into``, whose ends are ``into`` now.
 
-def moved(edge: Edge, key: int, into: int, S_into_key: np.ndarray) -> Edge | None:
-    """Return the measurement after ``key`` became part of ``into``; None: it says nothing more."""
-    if key not in edge.keys:
-        return edge
-    keys = tuple(into if k == key else k for k in edge.keys)
-    if edge.kind not in ('odometry', 'loop') or keys[0] == keys[1]:
-        return None
-    if edge.keys[0] == key:
-        measurement, covariance = S_into_key @ edge.measurement, edge.covariance
-    else:
-        A = sim3.adjoint(S_into_key)
-        measurement = edge.measurement @ sim3.inverse(S_into_key)
-        covariance = A @ edge.covariance @ A.T
-    return replace(edge, keys=keys, measurement=measurement, covariance=covariance)
+    They err by what ``S_into_key`` errs by in addition. Those that say nothing more are left out.
+    """
+    kept = []
+    for edge in edges:
+        keys = tuple(into if k == key else k for k in edge.keys)
+        if key not in edge.keys:
+            kept.append(edge)
+        elif edge.kind in ('odometry', 'loop') and keys[0] != keys[1]:
+            if edge.keys[0] == key:
+                measurement = S_into_key @ edge.measurement
+                A = sim3.adjoint(sim3.inverse(edge.measurement))
+                total = edge.covariance + A @ covariance @ A.T
+            else:
+                measurement = edge.measurement @ sim3.inverse(S_into_key)
+                A = sim3.adjoint(S_into_key)
+                total = A @ (edge.covariance + covariance) @ A.T
+            kept.append(replace(edge, keys=keys, measurement=measurement, covariance=total))
+    return kept

@@ -16,7 +16,7 @@ from stream3r_core.errors import ConfigError
 from stream3r_core.image import ImageGeometry
 from stream3r_core.types import FramePrediction
 
-WALKS = ('laps', 'eight', 'streets', 'ring', 'corridor', 'spiral')
+WALKS = ('laps', 'eight', 'petals', 'ring', 'corridor', 'spiral')
 CAMERA_HEIGHT_M, CEILING_M, PILLAR_RADIUS_M, RANGE_M = 1.2, 3.0, 0.4, 15.0
 _CLEARANCE_M = 1.2  # of pillars from the walk
 
@@ -45,8 +45,8 @@ class Walk:
 def make_walk(kind: str, seed: int, step_m: float = 0.4, size_m: float = 1.0) -> Walk:
     """Return one of ``WALKS``, with seeded proportions; ``size_m`` scales its extent.
 
-    'laps': three times around a block; 'eight': a figure of eight, twice; 'streets': a grid of
-    streets that cross; 'ring': once around, with a short overlap; 'corridor' and 'spiral' never
+    'laps': three times around a block; 'eight': a figure of eight, twice; 'petals': one
+    corridor four times, back along four ways; 'ring': once around, with a short overlap; 'corridor' and 'spiral' never
     come back.
     """
     if kind not in WALKS:
@@ -56,7 +56,7 @@ def make_walk(kind: str, seed: int, step_m: float = 0.4, size_m: float = 1.0) ->
     corners = {
         'laps': _block(16 * a, 10 * b) * 3,
         'eight': (_block(11 * a, 10 * b) + _block(-11 * a, -10 * b)) * 2,
-        'streets': _streets(9 * a, 8 * b),
+        'petals': [p for r in (9, -9, 15, -15) for p in _block(18 * a, r * b)] + [(0, 0), (9, 0)],
         'ring': [*_block(24 * a, 18 * b), (0, 0), (5 * a, 0)],
         'corridor': [(0, 0), (60 * a, 0), (60 * a, 25 * b), (110 * a, 25 * b)],
         'spiral': _spiral(7 * a, 7 * b),
@@ -68,12 +68,6 @@ def make_walk(kind: str, seed: int, step_m: float = 0.4, size_m: float = 1.0) ->
 
 def _block(x: float, y: float) -> list[tuple[float, float]]:
     return [(0, 0), (x, 0), (x, y), (0, y)]
-
-
-def _streets(x: float, y: float) -> list[tuple[float, float]]:
-    up = [(3 * x * (i % 2), y * (i // 2)) for i in (0, 1, 3, 2, 4, 5, 7, 6)]
-    over = [(x * (i // 2), 3 * y * (i % 2)) for i in (1, 0, 2, 3, 5, 4, 6, 7)]
-    return [*up, *over]
 
 
 def _spiral(x: float, y: float) -> list[tuple[float, float]]:

@@ -71,7 +71,7 @@ def test_an_agreeing_minority_loses_the_contest_and_the_map_stays():
         judge.propose(k, k + 30, between(truth, k, k + 30), EXACT)
         judge.optimise()
     settle(judge)
-    before = judge.graph.poses()
+    before = dict(judge.graph.poses())
     wrong = sim3.exp(np.array([0, 0, 0.3, 8.0, 0, 0, 0]))
     for k in (10, 11, 12):  # as aliasing makes them: all with the same wrong place
         moved = (
@@ -88,7 +88,7 @@ def test_an_agreeing_minority_loses_the_contest_and_the_map_stays():
 def test_a_loop_waits_for_a_neighbour_that_agrees():
     truth = ring(40)
     judge = arbiter(truth, 5, LoopConfig(min_support=1))
-    before = judge.graph.poses()
+    before = dict(judge.graph.poses())
     judge.propose(0, 39, between(truth, 0, 39), EXACT)
     judge.propose(1, 38, sim3.exp(np.ones(7)), EXACT)
     judge.propose(0, 20, between(truth, 0, 20), EXACT)  # true, but far from the others

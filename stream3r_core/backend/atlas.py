@@ -1,0 +1,213 @@
+"""All submaps and where they lie: what consumers read, within budgets."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from threading import RLock
+
+import numpy as np
+
+from stream3r_core.backend import sim3
+from stream3r_core.backend.config import SubmapConfig
+from stream3r_core.backend.submap import EMPTY, Submap
+from stream3r_core.mapping import MapCloud
+
+_SLACK = 0.9  # of a budget that is left after it was overdrawn, so that thinning is rare
+_MOVED = 1e-4  # relative change of a similarity's entries that consumers are told of
+_COARSEST = 100  # points that a submap keeps whatever the budget
+
+
+@dataclass(frozen=True)
+class AtlasChange:
+    """What happened to the map after a version."""
+
+    version: int  # pass it to the next call
+    S_map_submap: dict[int, np.ndarray]  # [4, 4] of the submaps that are new or have moved
+    clouds: dict[int, MapCloud]  # points in the submap's frame, of those whose points changed
+    removed: tuple[int, ...]  # submaps that are gone: folded into others
+
+
+class Atlas:
+    """Submaps by key, in the order of their arrival, and the similarities that place them.
+
+    One thread writes, any may read. Consumers compare :attr:`version`, which counts every change,
+    or ask :meth:`changed_since`; all that they get is of one moment.
+    """
+
+    def __init__(self, config: SubmapConfig | None = None):
+        self.config = config or SubmapConfig()
+        self.lock = RLock()
+        self.submaps: dict[int, Submap] = {}
+        self._S_map: dict[int, np.ndarray] = {}
+        self._version = 0
+        self._moved_at: dict[int, int] = {}
+        self._filled_at: dict[int, int] = {}
+        self._removed: dict[int, int] = {}  # key: version
+        self._forgotten_until = -1  # of the removals
+
+    @property
+    def version(self) -> int:
+        """Counts the changes of points and places."""
+        return self._version
+
+    def S_map_submap(self, key: int) -> np.ndarray:
+        """Where a submap lies, [4, 4]."""
+        with self.lock:
+            return self._S_map[key]
+
+    def place(self, poses: dict[int, np.ndarray]) -> bool:
+        """Move submaps to ``S_map_submap`` [4, 4]; all at once. Return whether any moved."""
+        with self.lock:
+            known = [key for key in poses if key in self._S_map]
+            old, new = (np.array([S[key] for key in known]) for S in (self._S_map, poses))
+            is_close = (
+                np.isclose(old, new, rtol=_MOVED, atol=_MOVED).all((-2, -1)) if known else ()
+            )
+            moved = [key for key, same in zip(known, is_close) if not same]
+            moved += [key for key in poses if key not in self._S_map]
+            if moved:
+                self._version += 1
+                self._S_map.update((key, poses[key]) for key in moved)
+                self._moved_at.update(dict.fromkeys(moved, self._version))
+            return bool(moved)
+
+    def add(self, submap: Submap, S_map_submap: np.ndarray) -> None:
+        """Append a submap."""
+        with self.lock:
+            self.submaps[submap.key] = submap
+            self.place({submap.key: S_map_submap})
+            self.touch(submap.key)
+
+    def touch(self, key: int) -> None:
+        """Note that the points of a submap have changed."""
+        with self.lock:
+            self._version += 1
+            self._filled_at[key] = self._version
+
+    def changed_since(self, version: int) -> AtlasChange:
+        """Return what is new after ``version``; -1: everything."""
+        with self.lock:
+            if version < self._forgotten_until:
+                version = -1
+            filled = [k for k in self.submaps if self._filled_at[k] > version]
+            return AtlasChange(
+                self._version,
+                {k: self._S_map[k] for k in self.submaps if self._moved_at[k] > version},
+                {k: self.submaps[k].cloud for k in filled},
+                tuple(key for key, at in self._removed.items() if at > version),
+            )
+
+    def cloud(self) -> MapCloud:
+        """All points in the map frame, of one moment."""
+        with self.lock:
+            parts = [(self._S_map[key], submap.cloud) for key, submap in self.submaps.items()]
+        if not parts:
+            return EMPTY
+        return MapCloud(
+            np.concatenate([sim3.act(S, part.points_xyz) for S, part in parts]),
+            np.concatenate([part.colors_rgb for _, part in parts]),
+            np.concatenate([part.confidence for _, part in parts]),
+        )
+
+    def trajectory(self, S_submap: dict[int, np.ndarray] | None = None):
+        """Return frame_ids [n], stamps_ns [n] and T_map_camera [n, 4, 4] of all frames kept.
+
+        ``S_submap`` gives other places to the submaps, such as those without loops.
+        """
+        with self.lock:
+            S_submap = S_submap or self._S_map
+            parts = [
+                (s.frame_ids, s.stamps_ns, sim3.rigid_of(S_submap[key] @ s.T_submap_camera))
+                for key, s in self.submaps.items()
+                if s.num_frames
+            ]
+        if not parts:
+            return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 4, 4))
+        frame_ids, stamps_ns, poses = (np.concatenate(arrays) for arrays in zip(*parts))
+        order = np.argsort(frame_ids, kind='stable')
+        return frame_ids[order], stamps_ns[order], poses[order]
+
+    def fold(self, key: int, into: int, S_into_key: np.ndarray) -> None:
+        """Make a closed submap part of another one."""
+        with self.lock:
+            self.submaps[into].absorb(self.submaps.pop(key), S_into_key)
+            self.submaps[into].coarsen(self.config.max_submap_points)
+            del self._S_map[key], self._moved_at[key], self._filled_at[key]
+            self.touch(into)
+            self._removed[key] = self._version
+            while len(self._removed) > self.config.max_submaps:
+                self._forgotten_until = self._removed.pop(next(iter(self._removed)))
+
+    def surplus(self) -> list[tuple[int, int]]:
+        """Which submaps (key, into) to fold so that there are few enough: the shortest pairs."""
+        closed = [key for key, submap in self.submaps.items() if not submap.is_open][:-1]
+        if len(self.submaps) <= self.config.max_submaps:
+            return []
+        wanted = len(self.submaps) - int(_SLACK * self.config.max_submaps)
+        size = {key: self.submaps[key].num_frames for key in closed}
+        neighbours = sorted(pairwise(closed), key=lambda pair: size[pair[0]] + size[pair[1]])
+        taken: set[int] = set()
+        pairs = []
+        for into, key in neighbours:
+            if len(pairs) < wanted and not taken & {into, key}:
+                taken |= {into, key}
+                pairs.append((key, into))
+        return pairs
+
+    def thin(self) -> set[int] | None:
+        """Hold the budgets of points, poses, images and keyframes.
+
+        Returns the frames of the keyframes that are left, where some had to go.
+        """
+        with self.lock:
+            self._thin_points()
+            poses = _surplus(self._frame_ids(), self.config.max_poses)
+            images = _surplus(
+                [k.frame_id for k in self._keyframes() if k.image_rgb is not None],
+                self.config.max_images,
+            )
+            keyframes = _surplus(
+                [k.frame_id for k in self._keyframes()], self.config.max_keyframes
+            )
+            for submap in self.submaps.values():
+                if poses is not None:
+                    submap.keep_frames(poses)
+                if images is not None:
+                    submap.keep_images(images)
+                if keyframes is not None:
+                    submap.keyframes = [k for k in submap.keyframes if k.frame_id in keyframes]
+            return keyframes
+
+    def _frame_ids(self) -> list[int]:
+        return [int(i) for submap in self.submaps.values() for i in submap.frame_ids]
+
+    def _keyframes(self):
+        return [k for submap in self.submaps.values() for k in submap.keyframes]
+
+    @property
+    def num_points(self) -> int:
+        """Points of all submaps."""
+        with self.lock:
+            return sum(submap.num_points for submap in self.submaps.values())
+
+    def _thin_points(self) -> None:
+        surplus = self.num_points - self.config.max_points
+        if surplus <= 0:
+            return
+        closed = [submap for submap in self.submaps.values() if not submap.is_open]
+        for submap in sorted(
+            closed, key=lambda s: -s.num_points
+        ):  # the oldest of equal ones first
+            before = submap.num_points
+            if surplus <= 0 or before <= _COARSEST:
+                break
+            submap.coarsen(max(before // 2, _COARSEST))
+            surplus -= before - submap.num_points
+            self.touch(submap.key)
+
+
+def _surplus(numbers: list[int], budget: int) -> set[int] | None:
+    """Evenly spaced ones to keep where there are too many; None: all may stay."""
+    if len(numbers) <= budget:
+        return None
+    chosen = np.linspace(0, len(numbers) - 1, int(_SLACK * budget)).round().astype(int)
+    return {numbers[i] for i in chosen}

@@ -1,0 +1,275 @@
+"""From the predictions of restarting sessions to one map that closes its loops."""
+
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from stream3r_core.backend import sim3
+from stream3r_core.backend.alignment import Alignment, align_submaps
+from stream3r_core.backend.arbiter import LoopArbiter
+from stream3r_core.backend.atlas import Atlas
+from stream3r_core.backend.config import BackendConfig
+from stream3r_core.backend.keyframes import Keyframe, KeyframeSelector, to_keyframe
+from stream3r_core.backend.places import PlaceIndex
+from stream3r_core.backend.pose_graph import PoseGraph
+from stream3r_core.backend.submap import Submap
+from stream3r_core.backend.verification import (
+    PairPredictor,
+    drift_covariance,
+    moved_covariance,
+    verify_pair,
+)
+from stream3r_core.config import MappingConfig
+from stream3r_core.errors import InputError
+from stream3r_core.types import FramePrediction
+
+
+@dataclass(frozen=True)
+class BackendUpdate:
+    """What became of one frame."""
+
+    submap: int
+    is_keyframe: bool
+    alignment: Alignment | None  # of this submap with the one before, when it has just been found
+    loops: tuple[tuple[int, int], ...]  # submaps of the revisits that this frame has shown
+    moved: bool  # poses of the map have changed
+
+
+class SubmapBackend:
+    """Feed it the predictions of a front end that restarts its session now and then.
+
+    A prediction of index 0 starts a submap, whose frame is the session's world. Frames that the
+    caller feeds to both sessions (same ``frame_id``) join the submaps. All work happens in the
+    calling thread; :attr:`atlas` may be read from any other. See
+    :class:`~stream3r_core.backend.worker.BackendWorker` for a thread of its own.
+
+    Frames: ``map`` is that of the first submap; ``odom`` is the same chain of submaps without any
+    loop, which never jumps.
+    """
+
+    def __init__(
+        self,
+        config: BackendConfig | None = None,
+        mapping: MappingConfig | None = None,
+        predict_pairs: PairPredictor | None = None,
+    ):
+        self.config = config or BackendConfig()
+        limit = self.config.submaps.max_submap_points
+        self._mapping = replace(mapping or MappingConfig(), max_points=limit)
+        self._predict_pairs = predict_pairs
+        self.graph = PoseGraph(self.config.graph)
+        self.arbiter = LoopArbiter(self.graph, self.config.loops)
+        self.atlas = Atlas(self.config.submaps)
+        self.places = PlaceIndex(self.config.places)
+        self._selector = KeyframeSelector(self.config.keyframes)
+        self._S_odom: dict[int, np.ndarray] = {}
+        self._next_key = 0
+        self._submap: Submap | None = None
+        self._previous: Submap | None = None
+        self._tail: deque[Keyframe] = deque(maxlen=self.config.submaps.overlap)  # newest views
+        self._old_tail: list[Keyframe] = []
+        self._old_path = 0.0
+        self._head: list[Keyframe] | None = None  # of a submap that is not joined yet
+        self._last_frame_id = -1
+        self._num_loops: Counter[int] = Counter()  # found between this submap and older ones
+
+    def add(
+        self,
+        prediction: FramePrediction,
+        frame_id: int,
+        descriptor: np.ndarray | Callable[[], np.ndarray] | None = None,
+    ) -> BackendUpdate:
+        """Take in one frame.
+
+        Args:
+            prediction: Of the current session; index 0 starts a new submap.
+            frame_id: Number of the image, >= 0; a new one is larger than all before.
+            descriptor: Unit vector [C] for place recognition, or a function that computes it when
+                the frame becomes a keyframe; None: the frame is not searched for.
+
+        Raises:
+            InputError: The first prediction is not of index 0, the frame is older than the frames
+                that submaps share, or its pose is not finite.
+
+        """
+        view = to_keyframe(prediction, frame_id, self.config.keyframes)
+        if prediction.index == 0:
+            self._start_submap()
+        elif self._submap is None:
+            raise InputError(
+                f'the first prediction of a map has index {prediction.index}, expected 0; reset '
+                'the session together with the back end'
+            )
+        self._submap.visit(view)
+        is_shared = frame_id <= self._last_frame_id
+        if is_shared:
+            self._check_shared(frame_id)
+            self._head.append(view)
+            return BackendUpdate(self._submap.key, False, None, (), False)
+        alignment = self._join(view) if self._head is not None else None
+        moved = alignment is not None and self._optimise()
+        self._last_frame_id = frame_id
+        with self.atlas.lock:
+            self._submap.add(prediction, view)
+        self.atlas.touch(self._submap.key)
+        self._tail.append(view)
+        is_keyframe = self._selector.is_keyframe(view)
+        loops = ()
+        if is_keyframe:
+            loops = self._remember(view, descriptor() if callable(descriptor) else descriptor)
+            moved |= self._optimise()
+        return BackendUpdate(self._submap.key, is_keyframe, alignment, loops, moved)
+
+    def _check_shared(self, frame_id: int) -> None:
+        if self._head is None:
+            raise InputError(
+                f'frame {frame_id} has been added already; number frames upwards, and repeat '
+                'only the last ones at the start of a new submap'
+            )
+
+    def _start_submap(self) -> None:
+        is_begun = self._submap is not None and self._head is None
+        if is_begun:  # a submap that has no frame of its own yet is dropped without loss
+            with self.atlas.lock:
+                self._submap.close()
+            self._previous, self._old_path = self._submap, self._submap.path_length
+            self._old_tail = list(self._tail)
+            self._hold_budgets()
+        self._submap = Submap(self._next_key, self._mapping)
+        self._next_key += 1
+        self._head = []
+        self._selector.reset()
+        self._num_loops.clear()
+
+    def _join(self, view: Keyframe) -> Alignment | None:
+        """Place the new submap: its first frame of its own has come."""
+        head, self._head = self._head or [view], None
+        key = self._submap.key
+        if self._previous is None:
+            self.graph.add_first(key, np.eye(4))
+            self._S_odom[key] = np.eye(4)
+            self.atlas.add(self._submap, np.eye(4))
+            return None
+        previous = self._previous.key
+        alignment = align_submaps(self._old_tail, head, self.config.alignment)
+        S = alignment.S_old_new
+        covariance = self._joint_covariance(alignment, head)
+        self.graph.add_submap(key, previous, S, covariance)
+        self._S_odom[key] = self._S_odom[previous] @ S
+        self.atlas.add(self._submap, self.graph.pose(key))
+        return alignment
+
+    def _joint_covariance(self, alignment: Alignment, head: list[Keyframe]) -> np.ndarray:
+        """Uncertainty [7, 7] of the new submap: drift of the old one, more where it is guessed."""
+        junction = self._old_tail[-1]
+        config = self.config.alignment
+        covariance = drift_covariance(1.0, self._old_path, self.config.drift)
+        if alignment.is_lost:
+            length = config.lost_translation * junction.median_depth
+            sigmas = (
+                [np.deg2rad(config.lost_rotation_deg)] * 3 + [length] * 3 + [config.lost_scale]
+            )
+            covariance = covariance + np.diag(np.square(sigmas))
+        elif alignment.degeneracies:
+            covariance = 4 * covariance
+        S_junction_new = sim3.inverse(junction.T_submap_camera) @ alignment.S_old_new
+        return moved_covariance(covariance, S_junction_new)
+
+    def _remember(self, view: Keyframe, descriptor) -> tuple[tuple[int, int], ...]:
+        """Keep a keyframe; search and verify revisits."""
+        if descriptor is not None:
+            view = replace(view, descriptor=np.array(descriptor, np.float32))
+        with self.atlas.lock:
+            self._submap.keyframes.append(view)
+        if descriptor is None:
+            return ()
+        key = self._submap.key
+        order = {k: position for position, k in enumerate(self.atlas.submaps)}
+        found = self.places.search(view.descriptor, key, order)
+        self.places.add(key, view.frame_id, view.descriptor)
+        wanted = [p for p in found if self._num_loops[p.submap] < self.config.loops.max_per_pair]
+        candidates = [(place.submap, self._keyframe(place)) for place in wanted]
+        return self._verify([(s, k) for s, k in candidates if k is not None], view)
+
+    def _keyframe(self, place) -> Keyframe | None:
+        """The keyframe of a place, if it can be shown to the network."""
+        wanted = (k for k in self.atlas.submaps[place.submap].keyframes)
+        return next(
+            (k for k in wanted if k.frame_id == place.frame_id and self._is_shown(k)), None
+        )
+
+    def _is_shown(self, keyframe: Keyframe) -> bool:
+        return keyframe.image_rgb is not None or not self.config.keyframes.keep_images
+
+    def _verify(self, candidates, view: Keyframe) -> tuple[tuple[int, int], ...]:
+        if not candidates or self._predict_pairs is None:
+            return ()
+        found = []
+        views = self._predict_pairs([(keyframe, view) for _, keyframe in candidates])
+        for (submap, keyframe), pair in zip(candidates, views):
+            verdict = verify_pair(keyframe, view, pair, self.config.loops, self.config.alignment)
+            if verdict.S_i_j is not None:
+                covariance = verdict.covariance + self._inner_drift(
+                    submap, keyframe, view, verdict
+                )
+                self.arbiter.propose(submap, self._submap.key, verdict.S_i_j, covariance)
+                self._num_loops[submap] += 1
+                found.append((submap, self._submap.key))
+        return tuple(found)
+
+    def _inner_drift(self, submap: int, first: Keyframe, second: Keyframe, verdict) -> np.ndarray:
+        """What the poses of two keyframes may err by within their submaps, [7, 7] at origin j."""
+        old = self.atlas.submaps[submap]
+        inside = np.searchsorted(old.frame_ids, first.frame_id) / max(old.num_frames, 1)
+        share = self._submap.num_frames / self.config.submaps.max_frames
+        drift = self.config.drift
+        ahead = drift_covariance(min(float(inside), 1.0), float(inside) * old.path_length, drift)
+        behind = drift_covariance(min(share, 1.0), self._submap.path_length, drift)
+        S_first_j = sim3.inverse(first.T_submap_camera) @ verdict.S_i_j
+        return moved_covariance(ahead, S_first_j) + moved_covariance(
+            behind, sim3.inverse(second.T_submap_camera)
+        )
+
+    def propose_loop(self, i: int, j: int, S_i_j: np.ndarray, covariance: np.ndarray) -> None:
+        """Propose a loop from elsewhere (a beacon, a person); judged like the back end's own."""
+        self.arbiter.propose(i, j, S_i_j, covariance)
+
+    def _optimise(self) -> bool:
+        return self.arbiter.optimise() and self.atlas.place(self.graph.poses())
+
+    def settle(self, max_updates: int = 100) -> bool:
+        """Optimise until nothing is left to do, as at the end of a recording; whether it ended."""
+        for _ in range(max_updates):
+            if not self.arbiter.optimise():
+                return True
+            self.atlas.place(self.graph.poses())
+        return False
+
+    def _hold_budgets(self) -> None:
+        if pairs := self.atlas.surplus():
+            similarity = self.arbiter.fold(pairs)
+            with self.atlas.lock:
+                for key, into in pairs:
+                    self.atlas.fold(key, into, similarity[key])
+                    self.places.rename(key, into)
+                    del self._S_odom[key]
+                self.atlas.place(self.graph.poses())
+        kept = self.atlas.thin()
+        if kept is not None:
+            self.places.keep_frames(kept)
+
+    def T_map_odom(self) -> np.ndarray:
+        """Rigid correction [4, 4] that takes the newest camera pose of the chain to the map."""
+        with self.atlas.lock:
+            if self._submap is None or self._submap.key not in self._S_odom:
+                return np.eye(4)
+            key, T = self._submap.key, self._tail[-1].T_submap_camera
+            T_map_camera = sim3.rigid_of(self.atlas.S_map_submap(key) @ T)
+            T_odom_camera = sim3.rigid_of(self._S_odom[key] @ T)
+        return T_map_camera @ sim3.inverse(T_odom_camera)
+
+    def trajectory(self, corrected: bool = True):
+        """Return frame_ids [n], stamps_ns [n], poses [n, 4, 4] in the map, or in ``odom``."""
+        return self.atlas.trajectory(None if corrected else dict(self._S_odom))
