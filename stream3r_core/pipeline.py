@@ -115,4 +115,10 @@ def resolve_device(name: str) -> torch.device:
             f'model.device: {name!r} was asked for, but this torch ({torch.__version__}) sees no '
             "CUDA device; use 'cpu' or install the CUDA build"
         )
+    if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ConfigError(
+            f'model.device: {name!r} was asked for, but there are {count} CUDA devices; the last '
+            f"one is 'cuda:{count - 1}'"
+        )
     return device

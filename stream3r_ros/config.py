@@ -90,6 +90,12 @@ class NodeConfig(CoreConfig):
         'type of the image topic: sensor_msgs/Image or CompressedImage',
         choices=('raw', 'compressed'),
     )
+    rectify: str = option(
+        'auto',
+        "images of a lens whose camera_info has distortion: 'auto' rectifies them, 'never' takes "
+        'them as they are',
+        choices=('auto', 'never'),
+    )
     map_frame: str = option('map', 'frame of map, path and pose')
     camera_frame: str = option('', "optical frame of the camera; empty = the images' frame_id")
     publish_tf: bool = option(True, 'broadcast map_frame -> camera frame on /tf', live=True)

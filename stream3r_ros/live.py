@@ -8,8 +8,9 @@ import torch
 
 from stream3r_core.errors import InputError
 from stream3r_core.pipeline import Reconstructor
+from stream3r_ros.calibration import Calibrator
 from stream3r_ros.config import NodeConfig
-from stream3r_ros.conversions import camera_matrix, image_from_message, stamp_ns
+from stream3r_ros.conversions import image_from_message, stamp_ns
 from stream3r_ros.diagnostics import ReconstructionFigures
 from stream3r_ros.publishers import Publishers
 from stream3r_ros.recorder import PoseRecorder, Snapshot
@@ -30,6 +31,7 @@ class LiveReconstruction:
         self._reconstructor = Reconstructor(model, config)
         self._publishers = publishers
         self._recorder = PoseRecorder(config.save_map.max_poses)
+        self._calibrate = Calibrator(config.rectify)
         self._device = next(model.parameters()).device
         self._last_stamp_ns: int | None = None
         self._map_stamp_ns: int | None = None
@@ -43,11 +45,11 @@ class LiveReconstruction:
 
         Raises :class:`InputError` for an image that cannot be used; the session goes on.
         """
-        image = image_from_message(message)
+        image, K = self._calibrated(image_from_message(message))
         frame = camera_frame(message.header.frame_id, config)
         stamp = self._check_stamp(message, config)  # last: it may start a new session
         self._reconstructor.map.config = config.mapping
-        predictions = self._reconstructor.feed(image, stamp, self._known_K(image))
+        predictions = self._reconstructor.feed(image, stamp, K)
         self._last_stamp_ns = stamp
         for prediction in predictions:  # none, or a whole chunk (cache.chunk_size)
             self._map_stamp_ns = prediction.stamp_ns
@@ -96,25 +98,18 @@ class LiveReconstruction:
         self.restart()
         return stamp
 
-    def _known_K(self, image: np.ndarray) -> torch.Tensor | None:
-        """Return the camera's intrinsics [3, 3] if they are known for images of this size."""
-        info = self.camera_info
-        if info is None:
-            return None
-        if (info.height, info.width) != image.shape[:2]:
-            self._warn_once(
-                f'camera_info is for {info.width} x {info.height} pixels, the image has '
-                f'{image.shape[1]} x {image.shape[0]}: the predicted field of view is used'
-            )
-            return None
+    def _calibrated(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return the image, rectified if need be, and its intrinsics [3, 3] if known."""
+        if self.camera_info is None:
+            return image, None
         try:
-            K = torch.from_numpy(camera_matrix(info))
+            calibrated = self._calibrate(image, self.camera_info)
         except InputError as error:
             self._warn_once(f'{error}: the predicted field of view is used')
-            return None
-        if any(info.d):
-            self._warn_once(f'camera_info has distortion {list(info.d)}: images are not rectified')
-        return K
+            return image, None
+        if self._calibrate.leaves_distortion:
+            self._warn_once("camera_info has distortion, and rectify is 'never'")
+        return calibrated
 
     def _warn_once(self, text: str) -> None:
         """Warn, unless that was the last warning too."""

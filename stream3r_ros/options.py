@@ -21,7 +21,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--config',
         metavar='YAML',
-        help='options by name, or a parameter file of the node (config/stream3r.yaml)',
+        help='options by name, or a parameter file of the node (config/reconstruct.yaml)',
     )
     parser.add_argument(
         '--set',

@@ -73,7 +73,7 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
         const='auto',
         default='',
         metavar='TOPIC',
-        help="use the bag's intrinsics; without TOPIC those beside the images",
+        help="use the bag's intrinsics, and rectify; without TOPIC those beside the images",
     )
     parser.add_argument(
         '--rate',
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command and return its exit code."""
     config = config_from_args(args, {'session.mode': 'full'} if are_photos(args.input) else {})
     check_frames(config)
-    with open_source(args) as (source, bag):
+    with open_source(args, config.rectify) as (source, bag):
         truth = _named_truth(args.ground_truth, bag)
         model = load_configured_model(config.model)
         names = (TRAJECTORY, MAP, BAG, CONFIG, SUMMARY)
@@ -110,11 +110,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 @contextmanager
-def open_source(args: argparse.Namespace) -> Iterator[tuple[Source, BagReader | None]]:
+def open_source(
+    args: argparse.Namespace, rectify: str = 'auto'
+) -> Iterator[tuple[Source, BagReader | None]]:
     """Open what the arguments of :func:`add_input_arguments` and ``input`` name; and its bag."""
     if is_one_bag(args.input):
         with BagReader(args.input[0]) as bag:
-            yield BagSource(bag, args.image_topic, args.camera_info), bag
+            yield BagSource(bag, args.image_topic, args.camera_info, rectify), bag
         return
     if args.image_topic or args.camera_info:
         raise ConfigError(f'--image-topic and --camera-info are for bags; {args.input[0]} is none')

@@ -25,7 +25,7 @@ def share_folder() -> Path:
 
 
 def resource(name: str) -> Path:
-    """Return the path of a shipped file, such as ``config/stream3r.yaml``.
+    """Return the path of a shipped file, such as ``config/reconstruct.yaml``.
 
     Raises :class:`DataError` with the files that exist instead when there is none of this name.
     """

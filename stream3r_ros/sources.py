@@ -13,7 +13,8 @@ from stream3r_core.errors import DataError, InputError
 from stream3r_core.evaluation.trajectory_files import parse_stamp_ns
 from stream3r_core.image import PHOTO_SUFFIXES, list_photos, load_photo
 from stream3r_ros.bag import BagMessage, BagReader, is_bag
-from stream3r_ros.conversions import camera_matrix, image_from_message, stamp_ns
+from stream3r_ros.calibration import Calibrator
+from stream3r_ros.conversions import image_from_message, stamp_ns
 
 FILES_FRAME = 'camera_optical_frame'  # of inputs that name no frame
 DEFAULT_RATE_HZ = 30.0
@@ -49,14 +50,20 @@ class BagSource:
     """The images of one topic of an open bag, in the order of their recording.
 
     ``camera_info_topic`` gives all images the intrinsics of its first message; 'auto' takes the
-    one beside the image topic.
+    one beside the image topic. With them, ``rectify`` 'auto' removes the distortion.
     """
 
-    def __init__(self, bag: BagReader, image_topic: str = '', camera_info_topic: str = ''):
+    def __init__(
+        self,
+        bag: BagReader,
+        image_topic: str = '',
+        camera_info_topic: str = '',
+        rectify: str = 'auto',
+    ):
         self._bag = bag
         self.topic, _, self.num_frames = bag.image_topic(image_topic)
         self.name = f'{bag.path} {self.topic}'
-        self._info = None
+        self._calibrate, self._info = Calibrator(rectify), None
         if camera_info_topic:
             self._info = _first_camera_info(bag, camera_info_topic, self.topic)
 
@@ -69,12 +76,7 @@ class BagSource:
         rgb = image_from_message(message)
         K = None
         if self._info is not None:
-            if (self._info.height, self._info.width) != rgb.shape[:2]:
-                raise InputError(
-                    f'camera_info is for {self._info.width} x {self._info.height} pixels, '
-                    f'the image has {rgb.shape[1]} x {rgb.shape[0]}'
-                )
-            K = camera_matrix(self._info)
+            rgb, K = self._calibrate(rgb, self._info)
         frame_id = message.header.frame_id
         return Frame(
             rgb, stamp_ns(message), frame_id.lstrip('/') if self._bag.is_ros1 else frame_id, K

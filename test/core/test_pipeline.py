@@ -127,3 +127,11 @@ def test_configured_model_has_the_asked_device_and_dtype():
 def test_an_unknown_device_is_refused_with_the_known_ones():
     with pytest.raises(ConfigError, match="use 'auto', 'cpu' or 'cuda'"):
         resolve_device('gpu')
+
+
+def test_a_gpu_beyond_those_there_are_is_refused_with_their_number(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    assert resolve_device('cuda:1').index == 1 and resolve_device('cuda').type == 'cuda'
+    with pytest.raises(ConfigError, match="there are 2 CUDA devices; the last one is 'cuda:1'"):
+        resolve_device('cuda:9')

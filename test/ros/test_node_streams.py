@@ -10,6 +10,7 @@ from rclpy.qos import ReliabilityPolicy
 from stream3r_core.checkpoints import load_model
 from stream3r_core.config import from_dict
 from stream3r_core.pipeline import Reconstructor
+from stream3r_ros.calibration import Calibrator
 from stream3r_ros.config import NodeConfig
 from stream3r_ros.conversions import depth_from_message, stamp_ns
 from stream3r_ros.messages import rclpy_class, rclpy_messages
@@ -28,7 +29,7 @@ def transforms(messages):
     return [transform for message in messages for transform in message.transforms]
 
 
-def offline(num_images, K=None, **parameters):
+def offline(num_images, K=None, see=picture, **parameters):
     """The messages that the same images give without any ROS graph between."""
     config = from_dict(NodeConfig, nest({**SMALL, **parameters}))
     model = load_model(config.model.preset, weights=config.model.weights)
@@ -36,7 +37,7 @@ def offline(num_images, K=None, **parameters):
     outputs = Outputs(rclpy_messages(), config.map_frame, mapping=config.mapping)
     frames = []
     for index in range(num_images):
-        prediction = reconstructor.process(picture(index), stamp(index), K)
+        prediction = reconstructor.process(see(index), stamp(index), K)
         outputs.mapping = config.mapping
         frames.append(outputs.add(prediction, CAMERA_FRAME))
     return frames, outputs, reconstructor.map.points()
@@ -102,6 +103,23 @@ def test_known_intrinsics_replace_the_predicted_ones(live):
     assert info.k[4] == pytest.approx(95 * info.height / HEIGHT)
     unknown = offline(1)[0][0].camera_info()
     assert abs(unknown.k[0] - info.k[0]) > 1  # it did matter
+
+
+def test_images_of_a_distorting_lens_are_rectified(live):
+    K, d = np.array([[70.0, 0, 41], [0, 75, 29], [0, 0, 1]]), [-0.25, 0.05, 0.001, 0, 0]
+    live.start()
+    live.connect_camera()
+    live.send_camera_info(K, d=d)
+    live.feed(0, 1)
+    info = live.messages.camera_info(K, HEIGHT, WIDTH, 0, CAMERA_FRAME)
+    info.d = d
+    calibrate = Calibrator()
+    K_rectified = calibrate(picture(0), info).K
+    frames, *_ = offline(2, K_rectified, lambda index: calibrate(picture(index), info).image)
+    for topic in FRAME_TOPICS:
+        assert live.wait_for(topic, 2) == [f.message(topic) for f in frames], topic
+    said = live.received['~/depth/camera_info'][0]
+    assert said.k[0] == pytest.approx(K_rectified[0, 0] * said.width / WIDTH) and not any(said.d)
 
 
 def test_intrinsics_that_cannot_be_right_are_not_used_and_named_once(live):

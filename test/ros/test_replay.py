@@ -24,6 +24,8 @@ from stream3r_core.evaluation.trajectory import Trajectory
 from stream3r_core.evaluation.trajectory_files import read_trajectory, write_tum
 from stream3r_core.mapping import load_ply
 from stream3r_core.pipeline import Reconstructor, load_configured_model, reconstruct_photos
+from stream3r_ros.bag import BagWriter
+from stream3r_ros.calibration import Calibrator
 from stream3r_ros.cli import main
 from stream3r_ros.config import NodeConfig
 from stream3r_ros.conversions import stamp_ns
@@ -151,6 +153,26 @@ def test_known_intrinsics_of_the_bag_are_used_when_asked_for(tmp_path):
     assert first[0] == pytest.approx(90 * 56 / 80)
     np.testing.assert_array_equal(first, named)
     assert abs(without[0] - first[0]) > 1
+
+
+def test_images_are_rectified_when_the_intrinsics_of_the_bag_are_used(tmp_path):
+    lens = MESSAGES.camera_info(np.array([[70.0, 0, 41], [0, 75, 29], [0, 0, 1]]), 60, 80, 0, 'c')
+    lens.d = np.array([-0.25, 0.05, 0.001, 0.0, 0.0])
+    calibrate = Calibrator()
+    ideal = MESSAGES.camera_info(calibrate(picture(0), lens).K, 60, 80, 0, 'c')
+    bent = write_images(tmp_path / 'bent', extra={'/camera/camera_info': lambda index: lens})
+    with BagWriter(tmp_path / 'straight') as bag:
+        for index in range(6):
+            image = calibrate(picture(index), lens).image
+            image = MESSAGES.rgb_image(image, stamp(index), CAMERA_FRAME)
+            bag.write('/camera/image_raw', image, stamp(index))
+            bag.write('/camera/camera_info', ideal, stamp(index))
+    replay(tmp_path / 'a', bent, '--camera-info')
+    replay(tmp_path / 'b', tmp_path / 'straight', '--camera-info')
+    replay(tmp_path / 'c', bent, '--camera-info', '--set', 'rectify=never')
+    a, b, c = (recorded(tmp_path / name)['/stream3r/depth/image'][3].data for name in 'abc')
+    np.testing.assert_array_equal(a, b)
+    assert (a != c).any()
 
 
 def test_the_effective_configuration_can_be_fed_back(tmp_path):
