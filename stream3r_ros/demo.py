@@ -221,7 +221,7 @@ def _play(
     log = plan.folder / CAMERA_LOG
     with (
         _process('play', plan.camera, log) as camera,
-        tqdm(total=plan.source.num_frames, unit='image', desc='mapping') as bar,
+        tqdm(total=plan.source.num_frames, unit='image', desc='mapping', mininterval=0.5) as bar,
     ):
 
         def is_over() -> bool:
