@@ -36,7 +36,7 @@ setup(
         'trimesh',
     ],
     extras_require={
-        'test': ['pytest', 'hypothesis', 'ruff', 'triton'],
+        'test': ['pytest', 'hypothesis', 'ruff', 'triton', 'wheel'],
         'gpu': ['triton', 'flash-attn'],
         'open3d': ['open3d'],
         'viewer': ['viser'],

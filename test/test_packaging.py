@@ -1,0 +1,107 @@
+"""An installed package is complete, finds its own files, and leaves other packages alone."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ('setup.py', 'setup.cfg', 'package.xml', 'README.md', 'LICENSE', 'resource', 'launch',
+           'config', 'kernels', 'stream3r_core', 'stream3r_ros')  # fmt: skip
+DATA = ('.safetensors', '.json', '.md', '.yaml')
+
+
+@pytest.fixture(scope='module')
+def prefix(tmp_path_factory):
+    """Build a wheel of a copy of the sources and install it, without network, into a prefix."""
+    base = tmp_path_factory.mktemp('packaging')
+    (base / 'source').mkdir()
+    for name in SOURCES:
+        origin, copy = ROOT / name, base / 'source' / name
+        if origin.is_dir():
+            shutil.copytree(origin, copy, symlinks=True, ignore=shutil.ignore_patterns('*.pyc'))
+        else:
+            shutil.copy(origin, copy)
+    pip = [sys.executable, '-m', 'pip', '--disable-pip-version-check', '-q']
+    offline = ['--no-deps', '--no-index', '--no-build-isolation']
+    wheel = [*pip, 'wheel', *offline, '--wheel-dir', base / 'dist', base / 'source']
+    subprocess.run(wheel, check=True, env=os.environ | {'PIP_USE_PEP517': '1'})
+    (built,) = (base / 'dist').glob('*.whl')
+    install = [*pip, 'install', *offline, '--ignore-installed', '--prefix', base / 'prefix', built]
+    subprocess.run(install, check=True)
+    return base / 'prefix'
+
+
+def site(prefix):
+    return Path(sysconfig.get_path('purelib', vars={'base': str(prefix)}))
+
+
+def python(prefix, *arguments):
+    """Run Python far from the checkout, with the installed package first on its path."""
+    run = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=prefix,
+        env=os.environ | {'PYTHONPATH': str(site(prefix))},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+def files_below(folder, pattern='*'):
+    return {path.relative_to(folder) for path in folder.rglob(pattern) if path.is_file()}
+
+
+def test_every_module_is_installed_and_nothing_else(prefix):
+    modules = {Path(p) / m for p in ('stream3r_core', 'stream3r_ros')
+               for m in files_below(ROOT / p, '*.py')}  # fmt: skip
+    modules |= {'stream3r_core/kernels' / m for m in files_below(ROOT / 'kernels', '*.py')}
+    assert files_below(site(prefix), '*.py') == modules
+    assert {path.name.split('-')[0] for path in site(prefix).iterdir()} == {
+        'stream3r_core', 'stream3r_ros'
+    }  # fmt: skip
+
+
+def test_configuration_launch_files_and_weights_are_installed(prefix):
+    share = prefix / 'share' / 'stream3r_ros'
+    for folder in ('config', 'launch'):
+        shown = {p for p in files_below(ROOT / folder) if p.suffix not in ('.png', '.pyc')}
+        assert shown <= files_below(share / folder)
+    assert (share / 'package.xml').read_text() == (ROOT / 'package.xml').read_text()
+    assert (prefix / 'share/ament_index/resource_index/packages/stream3r_ros').is_file()
+    data = {
+        p for p in files_below(ROOT / 'stream3r_core') if p.suffix in ('.safetensors', '.yaml')
+    }
+    assert data <= files_below(site(prefix) / 'stream3r_core')
+
+
+def test_the_installed_package_finds_its_own_files(prefix):
+    code = 'from stream3r_ros.resources import resource; print(resource("config/fastdds.xml"))'
+    assert python(prefix, '-c', code) == str(prefix / 'share/stream3r_ros/config/fastdds.xml')
+
+
+def test_kernels_are_found_under_the_core_only(prefix):
+    code = (
+        'import importlib.util as u, stream3r_core.kernels.registry as r; '
+        'print(r.__file__); print(getattr(u.find_spec("kernels"), "origin", None))'
+    )
+    ours, theirs = python(prefix, '-c', code).splitlines()
+    assert ours.startswith(str(site(prefix)))
+    assert str(prefix) not in theirs
+
+
+def test_the_command_is_installed_where_a_shell_finds_it(prefix):
+    assert python(prefix, prefix / 'bin' / 'stream3r', '--version')
+
+
+def test_a_checkout_finds_its_own_files():
+    code = 'from stream3r_ros.resources import resource; print(resource("config/fastdds.xml"))'
+    run = subprocess.run(
+        [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == str(ROOT / 'config' / 'fastdds.xml')
