@@ -12,7 +12,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ('setup.py', 'setup.cfg', 'package.xml', 'README.md', 'LICENSE', 'resource', 'launch',
            'config', 'kernels', 'stream3r_core', 'stream3r_ros')  # fmt: skip
-DATA = ('.safetensors', '.json', '.md', '.yaml')
 
 
 @pytest.fixture(scope='module')
@@ -74,9 +73,8 @@ def test_configuration_launch_files_and_weights_are_installed(prefix):
         assert shown <= files_below(share / folder)
     assert (share / 'package.xml').read_text() == (ROOT / 'package.xml').read_text()
     assert (prefix / 'share/ament_index/resource_index/packages/stream3r_ros').is_file()
-    data = {
-        p for p in files_below(ROOT / 'stream3r_core') if p.suffix in ('.safetensors', '.yaml')
-    }
+    data = files_below(ROOT / 'stream3r_core', '*.yaml')
+    data |= {'weights' / name for name in files_below(ROOT / 'stream3r_core' / 'weights')}
     assert data <= files_below(site(prefix) / 'stream3r_core')
 
 
