@@ -1,4 +1,4 @@
-"""What the back end does to the trajectory error of a simulated front end, with false loops or not.
+"""What the back end does to the trajectory error of a simulated front end, also with false loops.
 
     python benchmarks/backend_accuracy.py --walks laps petals corridor --seeds 20 --false 0 0.3
 
@@ -101,7 +101,8 @@ def report(kind: str, share: float, results: list[dict], clean: list[dict] | Non
     if clean:
         change = [abs(r['with'] / c['with'] - 1) for r, c in zip(results, clean)]
         print(
-            f'   change of ATE by false loops: median {np.median(change):.1%}, worst {max(change):.1%}'
+            f'   change of ATE by false loops: median {np.median(change):.1%}, '
+            f'worst {max(change):.1%}'
         )
 
 

@@ -36,7 +36,7 @@ class Alignment:
     """Where the new submap lies in the old one, and how far that can be trusted."""
 
     S_old_new: np.ndarray  # [4, 4]
-    method: str  # 'points', 'poses' (degenerate points) or 'constant velocity' (no overlap)
+    method: str  # 'points', 'poses' (degenerate points), 'constant velocity' (no overlap), 'none'
     degeneracies: tuple[str, ...]  # of 'no overlap', 'pure rotation', 'plane'
     inlier_fraction: float  # 0 without overlap
     rms_relative: float  # distance of paired inliers over depth; NaN without overlap
@@ -44,7 +44,7 @@ class Alignment:
     @property
     def is_lost(self) -> bool:
         """Whether the place is only guessed."""
-        return self.method == 'constant velocity'
+        return self.method in ('constant velocity', 'none')
 
 
 def robust_scale(
@@ -93,6 +93,8 @@ def align_submaps(
     submap's motion is carried on at constant velocity, and so is its median depth.
     """
     config = config or AlignmentConfig()
+    if not old:
+        return Alignment(np.eye(4), 'none', ('no overlap',), 0.0, float('nan'))
     pairs = [
         (a, b)
         for a in old

@@ -13,7 +13,7 @@ from stream3r_core.backend.atlas import Atlas
 from stream3r_core.backend.config import BackendConfig
 from stream3r_core.backend.keyframes import Keyframe, KeyframeSelector, to_keyframe
 from stream3r_core.backend.places import PlaceIndex
-from stream3r_core.backend.pose_graph import PoseGraph
+from stream3r_core.backend.pose_graph import Edge, PoseGraph
 from stream3r_core.backend.submap import Submap
 from stream3r_core.backend.verification import (
     PairPredictor,
@@ -65,14 +65,14 @@ class SubmapBackend:
         self.places = PlaceIndex(self.config.places)
         self._selector = KeyframeSelector(self.config.keyframes)
         self._S_odom: dict[int, np.ndarray] = {}
-        self._next_key = 0
+        self.next_key = 0
         self._submap: Submap | None = None
         self._previous: Submap | None = None
         self._tail: deque[Keyframe] = deque(maxlen=self.config.submaps.overlap)  # newest views
         self._old_tail: list[Keyframe] = []
         self._old_path = 0.0
         self._head: list[Keyframe] | None = None  # of a submap that is not joined yet
-        self._last_frame_id = -1
+        self.last_frame_id = -1
         self._num_loops: Counter[int] = Counter()  # found between this submap and older ones
 
     def add(
@@ -103,14 +103,14 @@ class SubmapBackend:
                 'the session together with the back end'
             )
         self._submap.visit(view)
-        is_shared = frame_id <= self._last_frame_id
+        is_shared = frame_id <= self.last_frame_id
         if is_shared:
             self._check_shared(frame_id)
             self._head.append(view)
             return BackendUpdate(self._submap.key, False, None, (), False)
         alignment = self._join(view) if self._head is not None else None
         moved = alignment is not None and self._optimise()
-        self._last_frame_id = frame_id
+        self.last_frame_id = frame_id
         with self.atlas.lock:
             self._submap.add(prediction, view)
         self.atlas.touch(self._submap.key)
@@ -137,8 +137,8 @@ class SubmapBackend:
             self._previous, self._old_path = self._submap, self._submap.path_length
             self._old_tail = list(self._tail)
             self._hold_budgets()
-        self._submap = Submap(self._next_key, self._mapping)
-        self._next_key += 1
+        self._submap = Submap(self.next_key, self._mapping)
+        self.next_key += 1
         self._head = []
         self._selector.reset()
         self._num_loops.clear()
@@ -155,27 +155,32 @@ class SubmapBackend:
         previous = self._previous.key
         alignment = align_submaps(self._old_tail, head, self.config.alignment)
         S = alignment.S_old_new
-        covariance = self._joint_covariance(alignment, head)
+        covariance = self._joint_covariance(alignment)
         self.graph.add_submap(key, previous, S, covariance)
         self._S_odom[key] = self._S_odom[previous] @ S
         self.atlas.add(self._submap, self.graph.pose(key))
         return alignment
 
-    def _joint_covariance(self, alignment: Alignment, head: list[Keyframe]) -> np.ndarray:
+    def _joint_covariance(self, alignment: Alignment) -> np.ndarray:
         """Uncertainty [7, 7] of the new submap: drift of the old one, more where it is guessed."""
-        junction = self._old_tail[-1]
-        config = self.config.alignment
+        if not self._old_tail:
+            return self._anywhere()
+        junction, config = self._old_tail[-1], self.config.alignment
         covariance = drift_covariance(1.0, self._old_path, self.config.drift)
         if alignment.is_lost:
             length = config.lost_translation * junction.median_depth
-            sigmas = (
-                [np.deg2rad(config.lost_rotation_deg)] * 3 + [length] * 3 + [config.lost_scale]
-            )
-            covariance = covariance + np.diag(np.square(sigmas))
+            angle = np.deg2rad(config.lost_rotation_deg)
+            covariance += np.diag(np.square([angle] * 3 + [length] * 3 + [config.lost_scale]))
         elif alignment.degeneracies:
-            covariance = 4 * covariance
+            covariance *= 4
         S_junction_new = sim3.inverse(junction.T_submap_camera) @ alignment.S_old_new
         return moved_covariance(covariance, S_junction_new)
+
+    def _anywhere(self) -> np.ndarray:
+        """Uncertainty [7, 7] of a submap in a loaded map: it may be anywhere in it."""
+        positions = self.atlas.trajectory()[2][:, :3, 3]
+        extent = float(np.ptp(positions, axis=0).max(initial=0.0)) + 1.0
+        return np.diag(np.square([np.pi] * 3 + [extent] * 3 + [1.0]))
 
     def _remember(self, view: Keyframe, descriptor) -> tuple[tuple[int, int], ...]:
         """Keep a keyframe; search and verify revisits."""
@@ -259,6 +264,34 @@ class SubmapBackend:
         kept = self.atlas.thin()
         if kept is not None:
             self.places.keep_frames(kept)
+
+    def S_odom_submap(self, key: int) -> np.ndarray:
+        """Where a submap lies without any loop, [4, 4]."""
+        return self._S_odom[key]
+
+    def restore(
+        self,
+        submaps: list[Submap],
+        S_map: dict[int, np.ndarray],
+        S_odom: dict[int, np.ndarray],
+        edges: list[Edge],
+        doubted: list[Edge],
+        waiting: list[Edge],
+        next_key: int,
+        last_frame_id: int,
+    ) -> None:
+        """Take over a saved map; see :mod:`stream3r_core.backend.map_file`."""
+        self.graph.rebuild(edges, S_map)
+        self.arbiter.doubted.extend(doubted)
+        self.arbiter.waiting.extend(waiting)
+        self._S_odom = dict(S_odom)
+        self.next_key, self.last_frame_id = next_key, last_frame_id
+        for submap in submaps:
+            self.atlas.add(submap, S_map[submap.key])
+            for keyframe in submap.keyframes:
+                if keyframe.descriptor is not None:
+                    self.places.add(submap.key, keyframe.frame_id, keyframe.descriptor)
+        self._previous = submaps[-1] if submaps else None
 
     def T_map_odom(self) -> np.ndarray:
         """Rigid correction [4, 4] that takes the newest camera pose of the chain to the map."""
