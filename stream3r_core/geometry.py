@@ -112,8 +112,8 @@ def unproject(depth: Tensor, K: Tensor) -> Tensor:
     """Points in the camera frame [..., H, W, 3] of depth along the optical axis [..., H, W].
 
     ``K`` [..., 3, 3] without skew. Pixels are integer indices. Depth that is zero, negative or NaN
-    is carried through, for the caller to mask. In memory x, y and z are one plane each, which makes
-    what follows several times faster.
+    is carried through, for the caller to mask. In memory x, y and z are one plane each, which
+    makes what follows several times faster.
     """
     height, width = depth.shape[-2:]
     u = torch.arange(width, dtype=depth.dtype, device=depth.device)

@@ -83,7 +83,7 @@ class ImageGeometry:
         return np.floor(scale * centres + offset).astype(np.int64)
 
     def camera_area(self) -> tuple[slice, slice]:
-        """Rows and columns of the network image that show the camera image; the rest is padding."""
+        """Rows and columns of the network image that show the camera; the rest is padding."""
         sizes = (round(n * s) for n, s in zip(self.camera_size_hw, self.scale_xy[::-1]))
         return tuple(
             slice(max(offset, 0), min(offset + size, side))

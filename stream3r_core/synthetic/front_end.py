@@ -46,8 +46,8 @@ def make_walk(kind: str, seed: int, step_m: float = 0.4, size_m: float = 1.0) ->
     """Return one of ``WALKS``, with seeded proportions; ``size_m`` scales its extent.
 
     'laps': three times around a block; 'eight': a figure of eight, twice; 'petals': one
-    corridor four times, back along four ways; 'ring': once around, with a short overlap; 'corridor' and 'spiral' never
-    come back.
+    corridor four times, back along four ways; 'ring': once around, with a short overlap;
+    'corridor' and 'spiral' never come back.
     """
     if kind not in WALKS:
         raise ConfigError(f'unknown walk {kind!r}; expected one of {", ".join(WALKS)}')

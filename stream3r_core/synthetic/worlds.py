@@ -25,8 +25,8 @@ NUM_SPHERES = GROUPS * furniture.SPHERES + CLUTTER_SPHERES
 NUM_PRIMITIVES = NUM_BOXES + NUM_CYLINDERS + NUM_SPHERES
 ROOM_FACES = 6
 FLOOR = 4  # of -x, +x, -y, +y, -z, +z
-#: room: one furnished room; corridor: long and narrow; rooms: four rooms joined by doorways, with a
-#: loop through them; open: ground, scattered things and sky.
+#: room: one furnished room; corridor: long and narrow; rooms: four rooms joined by doorways,
+#: with a loop through them; open: ground, scattered things and sky.
 KINDS = ('room', 'corridor', 'rooms', 'open')
 DOORWAY_M = 1.1
 UNUSED_Z = -100.0  # where empty slots are put, out of everything's way
@@ -80,7 +80,7 @@ def make_world(
     room_half_range: tuple[float, float] = (1.5, 3.5),
     kind: str = 'room',
 ) -> World:
-    """Draw ``batch`` worlds of one of :data:`KINDS`; ``moving`` is the share of things that sway."""
+    """Draw ``batch`` worlds of a kind of :data:`KINDS`; ``moving``: share of things that sway."""
     if kind not in KINDS:
         raise ConfigError(f'unknown kind of world {kind!r}; known: {", ".join(KINDS)}')
     room = _room_sizes(generator, batch, room_half_range, kind)
