@@ -121,7 +121,7 @@ PRESETS: dict[str, ModelConfig] = {
     'stream3r': ModelConfig(),
     'streamvggt': ModelConfig(track=TrackConfig()),
     'tiny': ModelConfig(
-        img_size=96,
+        img_size=64,
         patch_size=8,
         embed_dim=192,
         depth=4,
@@ -130,7 +130,7 @@ PRESETS: dict[str, ModelConfig] = {
         encoder='conv',
         camera_trunk_depth=2,
         camera_heads=6,
-        camera_iterations=2,
+        camera_iterations=1,
         dpt_features=24,
         dpt_out_channels=(24, 32, 48, 64),
         dpt_layers=(0, 1, 2, 3),

@@ -8,6 +8,8 @@ from torch import nn
 from stream3r_core.errors import MissingDependencyError
 from stream3r_core.training.settings import OptimizerConfig
 
+_POSE = 'camera_head.pose_branch.'
+
 
 def make_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
     """Return the optimisers of all parameters that want a gradient.
@@ -15,15 +17,12 @@ def make_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.opt
     Every parameter group has a ``factor``, which :func:`set_learning_rate` applies.
     """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    is_matrix = {n: p.ndim == 2 and '_blocks.' in n for n, p in named}
-    matrices = [p for n, p in named if is_matrix[n]]
+    matrices = [p for n, p in named if _is_matrix(n, p)]
+    others = [(n, p) for n, p in named if not _is_matrix(n, p)]
     groups = []
     for factor, chosen in (
-        (config.camera_factor, [p for n, p in named if n.startswith('camera_head.')]),
-        (
-            config.rest_factor,
-            [p for n, p in named if not n.startswith('camera_head.') and not is_matrix[n]],
-        ),
+        (config.pose_factor, [p for n, p in others if n.startswith(_POSE)]),
+        (config.rest_factor, [p for n, p in others if not n.startswith(_POSE)]),
         (1.0, matrices if config.name == 'adamw' else []),
     ):
         for decay, some in (
@@ -36,6 +35,11 @@ def make_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.opt
     if config.name == 'muon' and matrices:
         optimizers.append(_muon(matrices, config))
     return optimizers
+
+
+def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Tell the matrices of the transformer from everything else."""
+    return parameter.ndim == 2 and '_blocks.' in name
 
 
 def _muon(matrices: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:

@@ -47,10 +47,10 @@ class OptimizerConfig:
 
     name: str = option('adamw', 'optimiser', choices=('adamw', 'muon'))
     lr: float = option(6e-4, 'peak learning rate', minimum=0.0)
-    camera_factor: float = option(
+    pose_factor: float = option(
         1.0,
-        'learning rate of the camera head, as a share: its answer is nine numbers, which a '
-        'step of all its weights shakes',
+        'learning rate of the last layers of the camera head, as a share: their answer is nine '
+        'numbers, which a step of all weights shakes',
         minimum=0.0,
     )
     rest_factor: float = option(
@@ -93,6 +93,9 @@ class TrainingConfig:
     precision: str = option('bf16', 'autocast precision', choices=('no', 'bf16', 'fp16'))
     match_layers: tuple[int, ...] = option((), 'global blocks whose first head is taught to match')
     match_weight: float = option(0.2, 'weight of that teaching', minimum=0.0)
+    fit_pose_batches: int = option(
+        0, 'batches from which the last layer of the camera head is fitted at the start', minimum=0
+    )
     checkpoint_blocks: bool = option(
         False, 'recompute the blocks in the backward pass to save memory'
     )

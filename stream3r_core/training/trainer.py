@@ -24,7 +24,7 @@ from stream3r_core.training.checkpointing import (
     save_checkpoint,
 )
 from stream3r_core.training.data import DataMixture, Visibility
-from stream3r_core.training.initialise import initialise
+from stream3r_core.training.initialise import fit_pose_layer, initialise
 from stream3r_core.training.objectives import make_objective
 from stream3r_core.training.optimizers import (
     learning_rate,
@@ -94,6 +94,13 @@ class Trainer:
         for mean, value in zip(self.averaged.parameters(), self.network.parameters()):
             mean.lerp_(value, 1 - decay)
 
+    def _fit_pose_layer(self) -> None:
+        """Fit the last layer of the camera head to batches that are not trained on."""
+        count, first = self.config.fit_pose_batches, self.config.total_steps
+        draws = range(first, first + count)
+        fit_pose_layer(self.network, (self.data.batch(0, draw) for draw in draws))
+        self.averaged.load_state_dict(self.network.state_dict())
+
     def validate(self) -> dict[str, float]:
         """Measure the averaged weights on the held-out sequences."""
         return validate(self.averaged, self.data.held_out(self.step), 'causal')
@@ -124,6 +131,8 @@ class Trainer:
         config, main = self.config, self.accelerator.is_main_process
         last = min(config.total_steps, stop_at or config.total_steps)
         sums: dict[str, Tensor] = defaultdict(float)
+        if self.step == 0 and config.fit_pose_batches:
+            self._fit_pose_layer()
         started, since = time.monotonic(), self.step
         bar = tqdm(total=config.total_steps, initial=self.step, unit='step', disable=not main)
         while self.step < last:
