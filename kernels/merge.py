@@ -1,8 +1,8 @@
 """The row update of the spatial token pool for all rows at once: sorts and segmented reductions.
 
-Equal to :func:`kernels.merge_reference.update_row` row by row, whatever the order of the rows. All
-shapes are fixed by those of the arguments, so that nothing waits for the device. Rows are dense:
-B - 1 buffer slots and P pivot slots each; how the caller stores them is its own affair.
+Equal to :func:`kernels.merge_reference.update_row` row by row, whatever the order of the rows. On
+a GPU all shapes are fixed by those of the arguments, so that nothing waits for the device. Rows
+are dense: B - 1 buffer slots and P pivot slots each; how they are stored is the caller's affair.
 """
 
 from typing import NamedTuple
@@ -45,7 +45,7 @@ class Merged(NamedTuple):
 
     buffers: Buffers
     pivots: Pivots
-    overflow: Tokens  # [M], row = R where there is none; offered again in the next step
+    overflow: Tokens  # [<= M], row = R where there is none; offered again in the next step
     discarded: Tensor  # [M] bool, tokens that the gate dropped
 
 
@@ -62,7 +62,7 @@ def merge(buffers: Buffers, pivots: Pivots, tokens: Tokens, rule: MergeRule) -> 
     candidates = tokens._replace(row=tokens.row.where(~absorbed & above, num_rows))
     members, overflow = _fill_buffers(buffers, candidates, rule.buffer_size)
     full = members.score[:, -1] > -torch.inf
-    pivots = _insert(pivots, _merge_members(members, rule), full, rule)
+    pivots = _merge_full(members, pivots, full, rule)
     buffers = Buffers(
         members.k[:, :-1],
         members.v[:, :-1],
@@ -143,14 +143,25 @@ def _fill_buffers(buffers: Buffers, tokens: Tokens, size: int) -> tuple[Buffers,
     chosen = picked.clamp_min(0)
     members = Buffers(k[chosen], v[chosen], score[chosen].masked_fill(picked < 0, -torch.inf))
     left = (rank >= size) & (row < R)
-    place = (left.cumsum(0) - 1).where(left, len(tokens.row))
-    source = torch.full((len(tokens.row) + 1,), -1, device=device)
+    room = max(1, int(left.sum())) if counted_on_host(device) else len(tokens.row)
+    place = (left.cumsum(0) - 1).where(left, room)
+    source = torch.full((room + 1,), -1, device=device)
     source[place] = order.where(left, -1)
     source = source[:-1]
     taken = source.clamp_min(0)
     rows_of = torch.cat((owner, tokens.row))
     overflow_row = rows_of[taken].masked_fill(source < 0, R)
     return members, Tokens(k[taken], v[taken], score[taken], overflow_row)
+
+
+def _merge_full(members: Buffers, pivots: Pivots, full: Tensor, rule: MergeRule) -> Pivots:
+    """Turn the buffer of each full row into a pivot."""
+    if not counted_on_host(full.device):
+        return _insert(pivots, _merge_members(members, rule), full, rule)
+    rows = full.nonzero().flatten()
+    made = _merge_members(Buffers(*(x[rows] for x in members)), rule)
+    made = _insert(Pivots(*(x[rows] for x in pivots)), made, full[rows], rule)
+    return Pivots(*(old.index_copy(0, rows, new) for old, new in zip(pivots, made)))
 
 
 def _merge_members(members: Buffers, rule: MergeRule) -> Pivots:
@@ -185,7 +196,7 @@ def _insert(pivots: Pivots, new: Pivots, full: Tensor, rule: MergeRule) -> Pivot
     has_free = free.any(1)
     lightest = pivots.weight.argmin(1, keepdim=True)  # [R, 1]
     unit = _unit(pivots.k)
-    similarity = (unit @ unit.gather(1, _wide(lightest, unit)).mT)[..., 0]  # [R, P]
+    similarity = (unit @ _take(unit, lightest).mT)[..., 0]  # [R, P]
     similarity = similarity.masked_fill(slots == lightest, -torch.inf)
     closeness, nearest = similarity.max(1, keepdim=True)
     victim = Pivots(*(_take(x, lightest) for x in pivots))
@@ -210,6 +221,14 @@ def _insert(pivots: Pivots, new: Pivots, full: Tensor, rule: MergeRule) -> Pivot
             for old, m, n in zip(pivots, merged, new)
         )
     )
+
+
+def counted_on_host(device: torch.device) -> bool:
+    """Return whether Python may look at a tensor without waiting for a GPU.
+
+    Then shapes may follow the data; on a GPU they are upper bounds.
+    """
+    return device.type == 'cpu'
 
 
 def segment_sum(values: Tensor, segment: Tensor, num_segments: int) -> Tensor:
@@ -241,13 +260,10 @@ def _unit(x: Tensor) -> Tensor:
     return x * (x.square().sum(-1, keepdim=True) + EPS).rsqrt()
 
 
-def _wide(index: Tensor, like: Tensor) -> Tensor:
-    """Repeat an index [R, 1] over the channels of [R, P, D], or leave it for [R, P]."""
-    return index[..., None].expand(-1, -1, like.shape[2]) if like.ndim == 3 else index
-
-
 def _take(x: Tensor, index: Tensor) -> Tensor:
-    return x.gather(1, _wide(index, x))
+    """Return the slot ``index`` [R, 1] of each row of x [R, P, ...]: [R, 1, ...]."""
+    rows = torch.arange(len(x), device=x.device)[:, None]
+    return x[rows, index]
 
 
 def _where(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:

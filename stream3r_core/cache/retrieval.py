@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from stream3r_core.cache.indexing import take_rows
 from stream3r_core.cache.token_pool import TILE_BYTES, TokenPool
 
 TIER = 1024.0  # height of a tier of ranks; normalised queries and keys stay far below it
@@ -25,12 +26,11 @@ def retrieve(pool: TokenPool, rank: Tensor, num_tokens: int, max_log_count: floa
     ``rank`` [G, N] is made by :func:`rank_by_query` or :func:`rank_by_weight`; -inf: never.
     """
     best, index = rank.topk(min(num_tokens, pool.capacity), dim=1)
-    wide = index[..., None].expand(-1, -1, pool.k.shape[2])
     nothing = best.isneginf()
     bias = pool.count.gather(1, index).log().clamp_max(max_log_count)
     return Retrieved(
-        pool.k.gather(1, wide),
-        pool.v.gather(1, wide),
+        take_rows(pool.k, index),
+        take_rows(pool.v, index),
         bias.masked_fill(nothing, -torch.inf),
         pool.owner.gather(1, index).long().masked_fill(nothing, -1),
     )

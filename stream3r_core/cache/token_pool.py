@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from stream3r_core.cache import voxel_value
+from stream3r_core.cache.indexing import put_rows, take_rows
 from stream3r_core.cache.voxel_table import NOWHERE, VoxelTable
+from stream3r_core.kernels import merge as kernel
 from stream3r_core.kernels.merge import Buffers, Merged, MergeRule, Pivots, Tokens, merge
 
 NARROW = 1 << 15  # indices below fit into 16 bits
@@ -150,9 +152,7 @@ class TokenPool:
 
     def _insert_tile(self, groups: slice, tokens: Dropped, slot: Tensor, order: Tensor) -> None:
         rows = _Rows.of(slot, self.voxels.capacity)
-        held = self.table[groups].gather(
-            1, rows.slot[..., None].expand(-1, -1, self.table.shape[2])
-        )  # [g, R, E] token slots
+        held = take_rows(self.table[groups], rows.slot)  # [g, R, E] token slots
         flat = Tokens(
             tokens.k.float().flatten(0, 1),
             tokens.v.float().flatten(0, 1),
@@ -170,13 +170,11 @@ class TokenPool:
         live = held >= 0
 
         def take(store):
-            if store.ndim == 2:
-                return store[groups].gather(1, index).view(held.shape).flatten(0, 1)
-            wide = index[..., None].expand(-1, -1, store.shape[2])
-            return store[groups].gather(1, wide).view(*held.shape, -1).flatten(0, 1).float()
+            rows = take_rows(store[groups], index)  # [g, R * E, ...]
+            return rows.view(-1, held.shape[2], *store.shape[2:])
 
         P = self.rule.num_pivots
-        k, v = take(self.k), take(self.v)
+        k, v = take(self.k).float(), take(self.v).float()
         scores = take(self.score_sum).masked_fill(~live.flatten(0, 1), -torch.inf)
         weight, count = (
             take(x).masked_fill(~live.flatten(0, 1), 0.0)[:, :P] for x in (self.weight, self.count)
@@ -200,20 +198,18 @@ class TokenPool:
         self.books.lost.add_(_total(count.view(held.shape), wanted & (place < 0)))
         place = torch.where(wanted, place, held.masked_fill(~live, -1))  # [g, R, E]
         owner = rows.slot[..., None].expand_as(place)
-        fields = (
-            (self.k, torch.cat((pivots.k, buffers.k), 1)),
-            (self.v, torch.cat((pivots.v, buffers.v), 1)),
-            (self.weight, torch.cat((pivots.weight, 0 * one), 1)),
-            (self.score_sum, torch.cat((pivots.score_sum, buffers.score), 1)),
-            (self.count, count),
-            (self.owner, owner.masked_fill(place < 0, -1)),
+        stores = self.k, self.v, self.weight, self.score_sum, self.count, self.owner
+        values = (
+            torch.cat((pivots.k, buffers.k), 1),
+            torch.cat((pivots.v, buffers.v), 1),
+            torch.cat((pivots.weight, 0 * one), 1),
+            torch.cat((pivots.score_sum, buffers.score), 1),
+            count,
+            owner.masked_fill(place < 0, -1),
         )
         index = place.masked_fill(place < 0, self.capacity).flatten(1).long()  # [g, R * E]
-        for store, values in fields:
-            values = values.reshape(*index.shape, *store.shape[2:]).to(store.dtype)
-            wide = index if store.ndim == 2 else index[..., None].expand_as(values)
-            store[groups].scatter_(1, wide, values)
-        self.table[groups].scatter_(1, rows.slot[..., None].expand_as(place), place)
+        put_rows(tuple(x[groups] for x in stores), index, values)
+        put_rows((self.table[groups],), rows.slot, (place,))
         self.table[groups, -1] = -1
         self.owner[groups, -1] = -1
 
@@ -326,7 +322,7 @@ class _Rows(NamedTuple):
         first &= in_order < num_voxels
         local_in_order = first.cumsum(1) - 1
         # On the CPU the number of rows costs nothing to know; a GPU takes the upper bound.
-        R = max(1, int(first.sum(1).max())) if counted_on_host(slot.device) else n
+        R = max(1, int(first.sum(1).max())) if kernel.counted_on_host(slot.device) else n
         local = torch.empty_like(local_in_order).scatter_(1, order, local_in_order)
         offset = torch.arange(g, device=slot.device)[:, None] * R
         slots = torch.full((g, R + 1), -1, device=slot.device)
@@ -341,14 +337,9 @@ def index_type(largest: int) -> torch.dtype:
     return torch.int16 if largest < NARROW else torch.int32
 
 
-def counted_on_host(device: torch.device) -> bool:
-    """Return whether Python may look at a tensor without waiting for a GPU."""
-    return device.type == 'cpu'
-
-
 def may_hold(mask: Tensor) -> bool:
     """Return whether any element is true: asked of the CPU, taken as possible of a GPU."""
-    return not counted_on_host(mask.device) or bool(mask.any())
+    return not kernel.counted_on_host(mask.device) or bool(mask.any())
 
 
 def _total(count: Tensor, mask: Tensor) -> Tensor:

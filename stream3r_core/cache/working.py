@@ -18,6 +18,7 @@ from torch import Tensor
 
 from stream3r_core.cache.base import Attended
 from stream3r_core.cache.frame_slots import FrameSlots
+from stream3r_core.cache.indexing import take_rows
 from stream3r_core.cache.retrieval import Retrieved
 from stream3r_core.cache.token_pool import Dropped
 from stream3r_core.cache.voxel_table import NOWHERE
@@ -187,11 +188,10 @@ class WorkingCache:
 
     def _gather(self, index: Tensor, key: Tensor, chosen: Tensor) -> Dropped:
         """Return the chosen candidates [L, H, n] by layer and head, with voxel keys and scores."""
-        position = index[chosen]
-        wide = position[..., None].expand(-1, -1, -1, self.layout.head_dim)
-        k, v = (x.gather(2, wide) for x in self.kv)
-        fields = (k, v, self.score.gather(2, position), key.gather(2, chosen))
-        return Dropped(*(x.flatten(0, 1) for x in fields))
+        position, chosen = index[chosen].flatten(0, 1), chosen.flatten(0, 1)  # [G, n]
+        k, v = (take_rows(x.flatten(0, 1), position) for x in self.kv)
+        score = take_rows(self.score.flatten(0, 1), position)
+        return Dropped(k, v, score, take_rows(key.flatten(0, 1), chosen))
 
     def _set_heavy(self, tokens: Dropped) -> None:
         shape = self.layout.layers, self.layout.heads

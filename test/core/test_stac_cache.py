@@ -9,12 +9,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stream3r_core.attention import attend, attend_with_column_sums
-from stream3r_core.cache import token_pool
 from stream3r_core.cache.camera import CameraCache
 from stream3r_core.cache.stac import StacCache
 from stream3r_core.cache.window import WindowCache
 from stream3r_core.config import CacheConfig, PublishedCacheConfig
 from stream3r_core.errors import CacheError
+from stream3r_core.kernels import merge
 
 GIB = 2**30
 L, H, D = 2, 2, 16
@@ -247,7 +247,7 @@ class ForbidWaiting(TorchDispatchMode):
 
 
 def test_a_steady_step_never_makes_the_host_wait(monkeypatch):
-    monkeypatch.setattr(token_pool, 'counted_on_host', lambda device: False)
+    monkeypatch.setattr(merge, 'counted_on_host', lambda device: False)
     cache = make_cache(replace(SMALL, max_bytes=500_000))
     walk = Walk(cache).run(20)
     with ForbidWaiting():
