@@ -23,6 +23,7 @@ from stream3r_core.training.checkpointing import latest_checkpoint
 from stream3r_core.training.data import DataMixture, Visibility, step_seed
 from stream3r_core.training.export import export
 from stream3r_core.training.folders import SceneFolder, choose_views
+from stream3r_core.training.initialise import fit_pose_layer
 from stream3r_core.training.objectives import query_pixels
 from stream3r_core.training.optimizers import learning_rate
 from stream3r_core.training.run import main
@@ -33,6 +34,7 @@ from stream3r_core.training.settings import (
     TrainingConfig,
     load_recipe,
 )
+from stream3r_core.training.trainer import make_network
 from stream3r_core.training.validation import path_error, validate
 
 SMALL = ModelConfig(
@@ -179,6 +181,23 @@ def test_validation_knows_a_perfect_network_and_its_baselines():
     assert max(row['ate_percent'], row['ate_se3_percent']) < 0.5
     assert row['rotation_deg'] < 0.1 and row['rpe_deg'] < 0.1 and row['rpe_m'] < 1e-4
     assert row['static_rotation_deg'] > 1
+
+
+def test_the_fitted_pose_layer_beats_a_camera_that_never_moves():
+    config = recipe(model=dataclasses.replace(SMALL, camera_iterations=1))
+    data, model = DataMixture(config), make_network(config)
+    images = [data.batch(0, i) for i in range(30)]
+    fit_pose_layer(model, images)
+    answers, truth = [], []
+    for batch in images:
+        with torch.no_grad():
+            answers.append(model(batch.images, mode='causal')['pose_enc'].flatten(0, 1))
+        truth.append(make_targets(batch).pose_enc.flatten(0, 1))
+    answers, truth = torch.cat(answers), torch.cat(truth)
+    static = torch.cat([truth.new_tensor([0, 0, 0, 0, 0, 0, 1]), truth[:, 7:].mean(0)])
+    assert (answers - truth).square().mean() < 0.9 * (static - truth).square().mean()
+    with pytest.raises(ConfigError, match='camera_iterations'):
+        fit_pose_layer(make_network(recipe()), images)
 
 
 def test_batches_depend_on_seed_draw_and_process_only():
