@@ -58,11 +58,16 @@ class OutputsConfig:
 
 @dataclass(frozen=True)
 class SaveMapConfig:
-    """Where and how ``~/save_map`` writes."""
+    """Where and what ``~/save_map`` writes."""
 
     directory: str = option('', 'folder that ~/save_map writes into; empty = the service refuses')
+    map_name: str = option('map', 'map file, without its ending', live=True)
+    trajectory_name: str = option('trajectory', 'trajectory file, without its ending', live=True)
+    ply: bool = option(True, 'write the map as PLY', live=True)
+    pcd: bool = option(False, 'write the map as PCD', live=True)
+    tum: bool = option(True, 'write the trajectory in the TUM format', live=True)
     max_poses: int = option(
-        200_000, 'poses kept for trajectory.tum; beyond it the oldest are forgotten', minimum=1
+        200_000, 'poses kept for the trajectory; beyond it the oldest are forgotten', minimum=1
     )
 
 
@@ -97,8 +102,38 @@ class NodeConfig(CoreConfig):
         choices=('auto', 'never'),
     )
     map_frame: str = option('map', 'frame of map, path and pose')
+    odom_frame: str = option(
+        '',
+        'frame of an odometry that is on /tf: map_frame -> odom_frame is broadcast, such that the '
+        'camera is right at the stamp of each image; empty = no odometry',
+    )
+    base_frame: str = option(
+        '',
+        'without odometry: the frame that carries the camera, broadcast in its place; empty = the '
+        'camera itself, which then must have no other parent',
+    )
     camera_frame: str = option('', "optical frame of the camera; empty = the images' frame_id")
-    publish_tf: bool = option(True, 'broadcast map_frame -> camera frame on /tf', live=True)
+    publish_tf: bool = option(
+        True, 'broadcast map_frame -> odom_frame, base_frame or camera on /tf', live=True
+    )
+    tf_timeout_s: float = option(
+        0.1,
+        'wait this long for transforms at the stamp of an image; then it goes without',
+        minimum=0.0,
+        maximum=5.0,
+    )
+    map_orientation: str = option(
+        'camera',
+        "z of the map: 'camera' takes the first image for level, 'level' asks the odometry, whose "
+        'z is up, or, without odom_frame, camera_roll and camera_pitch',
+        choices=('camera', 'level'),
+    )
+    camera_roll: float = option(
+        0.0, 'rad, of the first image: positive where its right side hangs down'
+    )
+    camera_pitch: float = option(
+        0.0, 'rad, of the first image: positive where the camera looks down'
+    )
     backward_jump_s: float = option(
         0.5,
         'an image this much older than the last one starts a new session (a bag that loops); '

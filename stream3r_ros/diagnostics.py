@@ -32,6 +32,7 @@ class ReconstructionFigures:
     cache_bytes: int = 0
     cache_capacity_bytes: int = 0
     map_points: int = 0
+    frames_without_tf: int = 0  # a transform from /tf was missing: none was broadcast
     gpu_bytes: int | None = None  # None: no GPU in use
 
 
@@ -39,7 +40,7 @@ class ReconstructionFigures:
 class NodeStatus:
     """All that the status line and /diagnostics say."""
 
-    state: str  # 'unconfigured', 'inactive', 'active', 'failed'
+    state: str  # 'unconfigured', 'inactive', 'active', 'paused', 'failed'
     frames: FrameFigures
     drops: Mapping[str, int] = field(default_factory=dict)  # reason -> images
     reconstruction: ReconstructionFigures = field(default_factory=ReconstructionFigures)
@@ -55,7 +56,7 @@ class NodeStatus:
 
     def sentence(self) -> str:
         """Say it in one line."""
-        frames = self.frames
+        frames, made = self.frames, self.reconstruction
         parts = [
             f'{self.state}: {frames.rate_out_hz:.1f} of {frames.rate_in_hz:.1f} images/s',
             f'{frames.num_processed} processed',
@@ -65,11 +66,10 @@ class NodeStatus:
             parts.append(
                 f'latency {frames.latency_p50_ms:.0f} ms (p95 {frames.latency_p95_ms:.0f} ms)'
             )
-        parts.append(f'map {self.reconstruction.map_points} points')
-        parts.append(
-            f'cache {self.reconstruction.cache_tokens} tokens, '
-            f'{self.reconstruction.cache_bytes / 1e6:.1f} MB'
-        )
+        parts.append(f'map {made.map_points} points')
+        parts.append(f'cache {made.cache_tokens} tokens, {made.cache_bytes / 1e6:.1f} MB')
+        if made.frames_without_tf:
+            parts.append(f'{made.frames_without_tf} without transform')
         if self.problem:
             parts.append(self.problem)
         return '; '.join(parts)
@@ -92,6 +92,7 @@ class NodeStatus:
             'cache_bytes': str(made.cache_bytes),
             'cache_capacity_bytes': str(made.cache_capacity_bytes),
             'map_points': str(made.map_points),
+            'frames_without_tf': str(made.frames_without_tf),
         }
         if made.gpu_bytes is not None:
             values['gpu_bytes'] = str(made.gpu_bytes)

@@ -12,9 +12,17 @@ from stream3r_ros.calibration import Calibrator
 from stream3r_ros.config import NodeConfig
 from stream3r_ros.conversions import image_from_message, stamp_ns
 from stream3r_ros.diagnostics import ReconstructionFigures
+from stream3r_ros.logging_bridge import Throttled
 from stream3r_ros.publishers import Publishers
 from stream3r_ros.recorder import PoseRecorder, Snapshot
-from stream3r_ros.tf import camera_frame
+from stream3r_ros.tf import (
+    Carrier,
+    T_map_of_first_camera,
+    camera_frame,
+    carrier_frame,
+    upright_map,
+)
+from stream3r_ros.transforms import TransformBuffer, TransformError
 
 _log = logging.getLogger(__name__)
 
@@ -27,15 +35,25 @@ class LiveReconstruction:
     new session.
     """
 
-    def __init__(self, model, config: NodeConfig, publishers: Publishers):
+    def __init__(
+        self,
+        model,
+        config: NodeConfig,
+        publishers: Publishers,
+        transforms: TransformBuffer,
+    ):
         self._reconstructor = Reconstructor(model, config)
         self._publishers = publishers
+        self._transforms = transforms
         self._recorder = PoseRecorder(config.save_map.max_poses)
         self._calibrate = Calibrator(config.rectify)
         self._device = next(model.parameters()).device
         self._last_stamp_ns: int | None = None
         self._map_stamp_ns: int | None = None
         self._published_version = self._reconstructor.map.version
+        self._is_new = True
+        self._warn_transform = Throttled(_log.warning)
+        self._num_without_tf = 0
         self._last_warning = ''
         self.camera_info: Any = None
         self.figures = self._figures()
@@ -48,12 +66,15 @@ class LiveReconstruction:
         image, K = self._calibrated(image_from_message(message))
         frame = camera_frame(message.header.frame_id, config)
         stamp = self._check_stamp(message, config)  # last: it may start a new session
+        if self._is_new:
+            self._orient_map(frame, stamp, config)
         self._reconstructor.map.config = config.mapping
         predictions = self._reconstructor.feed(image, stamp, K)
-        self._last_stamp_ns = stamp
+        self._last_stamp_ns, self._is_new = stamp, False
         for prediction in predictions:  # none, or a whole chunk (cache.chunk_size)
             self._map_stamp_ns = prediction.stamp_ns
-            outputs = self._publishers.publish(prediction, frame, config)
+            carrier = self._carrier(frame, prediction.stamp_ns, config)
+            outputs = self._publishers.publish(prediction, frame, config, carrier)
             self._recorder.add(prediction.stamp_ns, outputs.T_map_camera)
         self.figures = self._figures()
 
@@ -62,7 +83,7 @@ class LiveReconstruction:
         self._reconstructor.reset()
         self._publishers.reset()
         self._recorder.clear()
-        self._last_stamp_ns = None
+        self._last_stamp_ns, self._is_new = None, True
         self.figures = self._figures()
 
     def snapshot(self) -> Snapshot:
@@ -80,6 +101,35 @@ class LiveReconstruction:
         if version != self._published_version and self._map_stamp_ns is not None:
             self._publishers.publish_map(current.points(), self._map_stamp_ns)
             self._published_version = version
+
+    def _orient_map(self, frame: str, stamp: int, config: NodeConfig) -> None:
+        """Lay the map of a new session into space; raises InputError where /tf must say how."""
+        outputs = self._publishers.outputs
+        if config.map_orientation == 'level' and config.odom_frame:
+            outputs.T_map_world = upright_map(self._odometry(frame, stamp, config))
+        else:
+            outputs.T_map_world = T_map_of_first_camera(config)
+
+    def _odometry(self, frame: str, stamp: int, config: NodeConfig) -> np.ndarray:
+        try:
+            return self._transforms.lookup(config.odom_frame, frame, stamp, config.tf_timeout_s)
+        except TransformError as error:
+            raise InputError(f'map_orientation is level, but there is {error}') from None
+
+    def _carrier(self, frame: str, stamp: int, config: NodeConfig) -> Carrier | None:
+        """Return what the broadcast puts into the map, None where its place is not known."""
+        name = carrier_frame(frame, config)
+        if name == frame:
+            return Carrier(frame, np.eye(4))
+        if not config.publish_tf:
+            return None
+        try:
+            pose = self._transforms.lookup(name, frame, stamp, config.tf_timeout_s)
+        except TransformError as error:
+            self._num_without_tf += 1
+            self._warn_transform(f'no transform is broadcast for this image: {error}')
+            return None
+        return Carrier(name, pose)
 
     def _check_stamp(self, message: Any, config: NodeConfig) -> int:
         stamp = stamp_ns(message)
@@ -124,5 +174,6 @@ class LiveReconstruction:
             cache_bytes=cache.num_bytes,
             cache_capacity_bytes=cache.capacity_bytes,
             map_points=self._reconstructor.map.num_points,
+            frames_without_tf=self._num_without_tf,
             gpu_bytes=torch.cuda.memory_allocated(self._device) if cuda else None,
         )

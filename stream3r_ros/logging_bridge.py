@@ -1,8 +1,26 @@
 """Python logging of the core, forwarded to the logger of a ROS node."""
 
 import logging
+import time
+from collections.abc import Callable
 
 _FORWARDED = ('stream3r_core', 'stream3r_ros')
+QUIET_S = 5.0
+
+
+class Throttled:
+    """Says a kind of thing at most every five seconds."""
+
+    def __init__(self, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic):
+        self._say, self._clock = say, clock
+        self._quiet_until = float('-inf')
+
+    def __call__(self, text: str) -> None:
+        """Say it, or nothing."""
+        now = self._clock()
+        if now >= self._quiet_until:
+            self._quiet_until = now + QUIET_S
+            self._say(text)
 
 
 class RosLogHandler(logging.Handler):

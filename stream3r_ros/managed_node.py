@@ -21,8 +21,9 @@ from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackRet
 from rclpy.qos_overriding_options import QoSOverridingOptions
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from std_srvs.srv import Trigger
+from tf2_msgs.msg import TFMessage
 
-from stream3r_core.errors import ConfigError, InputError, Stream3rError
+from stream3r_core.errors import InputError, Stream3rError
 from stream3r_core.pipeline import load_configured_model
 from stream3r_ros.config import NodeConfig
 from stream3r_ros.diagnostics import (
@@ -32,12 +33,13 @@ from stream3r_ros.diagnostics import (
     diagnostic_array,
 )
 from stream3r_ros.live import LiveReconstruction
-from stream3r_ros.logging_bridge import forward_logging, stop_forwarding
+from stream3r_ros.logging_bridge import Throttled, forward_logging, stop_forwarding
 from stream3r_ros.parameters import NodeParameters
 from stream3r_ros.publishers import Publishers
-from stream3r_ros.qos import SENSOR_DATA
-from stream3r_ros.recorder import save_snapshot
+from stream3r_ros.qos import SENSOR_DATA, Qos
+from stream3r_ros.recorder import plain_names, save_snapshot
 from stream3r_ros.tf import check_frames
+from stream3r_ros.transforms import TransformBuffer
 from stream3r_ros.worker import Worker
 
 WARNING_PERIOD_S = 5.0
@@ -73,11 +75,13 @@ class Stream3rNode(LifecycleNode):
         self._options = NodeParameters(self)
         check_frames(self.config)
         self.ended = rclpy.task.Future()
-        self._state = 'unconfigured'
+        self._state, self._is_paused = 'unconfigured', False
         self._statistics = FrameStatistics(self.config.status.latency_window)
         self._refused: Counter[str] = Counter()
         self._last_rejection: tuple[float, str] = (-WARNING_PERIOD_S, '')
         self._results = Publishers(self, self.config)
+        self._transforms = TransformBuffer()
+        self._warn_tf = Throttled(lambda text: self.get_logger().warning(text))
         self._inference: Worker[Incoming] | None = None
         self._live: LiveReconstruction | None = None
         self._background: Worker[Callable[[], None]] = Worker(
@@ -86,6 +90,7 @@ class Stream3rNode(LifecycleNode):
         self._background.start()
         self._log_handler = forward_logging(self)
         self._subscribe()
+        self._listen_to_tf()
         self._serve()
         self._start_timers()
         self._options.check_qos_overrides()
@@ -122,10 +127,20 @@ class Stream3rNode(LifecycleNode):
                 qos_overriding_options=QoSOverridingOptions.with_default_policies(),
             )
 
+    def _listen_to_tf(self) -> None:
+        if not (self.config.odom_frame or self.config.base_frame):
+            return
+        for topic, qos in (('/tf', Qos(depth=100)), ('/tf_static', Qos(depth=100, latched=True))):
+            listen = partial(self._on_tf, is_static=topic == '/tf_static')
+            self.create_subscription(TFMessage, topic, listen, qos.for_rclpy())
+
     def _serve(self) -> None:
         self._service_group = MutuallyExclusiveCallbackGroup()  # images go on while one waits
         self._add_service('~/reset', self._reset)
+        self._add_service('~/pause', self._pause)
+        self._add_service('~/resume', self._resume)
         self._add_service('~/save_map', self._save_map)
+        self._add_service('~/get_status', self._get_status)
 
     def _start_timers(self) -> None:
         wall = Clock(clock_type=ClockType.STEADY_TIME)  # also while simulated time stands still
@@ -154,7 +169,7 @@ class Stream3rNode(LifecycleNode):
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Let images in."""
-        self._state = 'active'
+        self._state, self._is_paused = 'active', False
         self.get_logger().info(f'waiting for images on {self._image_topic}')
         return super().on_activate(state)
 
@@ -195,7 +210,7 @@ class Stream3rNode(LifecycleNode):
         model = load_configured_model(options)
         took_s = time.monotonic() - start
         self.get_logger().info(f'loaded in {took_s:.1f} s: {model.weights_info}')
-        return LiveReconstruction(model, self.config, self._results)
+        return LiveReconstruction(model, self.config, self._results, self._transforms)
 
     def _wait_for(self, future: Future) -> Any:
         """Return a worker's result; raises :class:`ContextEnded`."""
@@ -208,14 +223,22 @@ class Stream3rNode(LifecycleNode):
 
     def _on_image(self, message: Image | CompressedImage) -> None:
         arrival = self._statistics.received()
-        if self._state == 'active':
-            self._inference.offer(Incoming(message, arrival))
-        else:
+        if self._state != 'active':
             self._refused['inactive'] += 1
+        elif self._is_paused:
+            self._refused['paused'] += 1
+        else:
+            self._inference.offer(Incoming(message, arrival))
 
     def _on_camera_info(self, message: CameraInfo) -> None:
         if self._live is not None:
             self._live.camera_info = message
+
+    def _on_tf(self, message: TFMessage, is_static: bool) -> None:
+        try:
+            self._transforms.add(message, is_static)
+        except InputError as error:
+            self._warn_tf(str(error))
 
     def _process(self, incoming: Incoming) -> None:
         self._live.process(incoming.message, self.config)
@@ -270,15 +293,27 @@ class Stream3rNode(LifecycleNode):
         worker.clear_failure()
         return 'the next image starts a new session with an empty map'
 
+    async def _pause(self) -> str:
+        worker, _ = self._configured()
+        self._is_paused = True
+        worker.discard_waiting()
+        return f'images are dropped until {self._name_of("resume")} is called; the session stays'
+
+    async def _resume(self) -> str:
+        self._configured()
+        self._is_paused = False
+        return 'the session goes on with the next image'
+
+    async def _get_status(self) -> str:
+        status = self.status()
+        return '\n'.join([status.sentence(), *(f'{k}: {v}' for k, v in status.values().items())])
+
     async def _save_map(self) -> str:
         worker, live = self._configured()
-        directory = self.config.save_map.directory
-        if not directory:
-            raise ConfigError(
-                'nothing was saved: set the parameter save_map.directory to a folder'
-            )
+        config = self.config.save_map
+        plain_names(config)  # before any work
         snapshot = await self._finished(worker.submit(live.snapshot))
-        write = partial(save_snapshot, snapshot, directory)
+        write = partial(save_snapshot, snapshot, config)
         paths = await self._finished(self._background.submit(write))
         return '\n'.join(map(str, paths))
 
@@ -302,13 +337,16 @@ class Stream3rNode(LifecycleNode):
         failed = worker is not None and worker.failure is not None
         frames = self._statistics.figures()
         return NodeStatus(
-            state='failed' if failed else self._state,
+            state='failed' if failed else self._activity(),
             frames=frames,
             drops=self._refused + Counter(worker.drops if worker else {}),
             reconstruction=live.figures if live else ReconstructionFigures(),
             has_camera_info=live is not None and live.camera_info is not None,
             problem=self._problem(frames.rate_in_hz),
         )
+
+    def _activity(self) -> str:
+        return 'paused' if self._state == 'active' and self._is_paused else self._state
 
     def _problem(self, rate_in_hz: float) -> str:
         if self._inference is not None and self._inference.failure is not None:

@@ -19,9 +19,7 @@ from stream3r_core.mapping.filters import reliable_pixels
 from stream3r_core.types import FramePrediction
 from stream3r_ros.messages import MessageFactory
 from stream3r_ros.qos import LATCHED, Qos
-
-# REP-103: an optical frame (x right, y down, z forward) as seen from its body (x forward, z up).
-T_BODY_OPTICAL = np.array([[0.0, 0, 1, 0], [-1, 0, 0, 0], [0, -1, 0, 0], [0, 0, 0, 1]])
+from stream3r_ros.tf import T_BODY_OPTICAL, Carrier
 
 
 class Topic(NamedTuple):
@@ -116,10 +114,14 @@ class FrameOutputs:
         """The camera in the map frame as PoseStamped."""
         return self._messages.pose(self.T_map_camera, self.stamp_ns, self._outputs.map_frame)
 
-    def tf(self) -> Any:
-        """Return the one transform map -> camera."""
+    def tf(self, carrier: Carrier | None = None) -> Any:
+        """Return the one transform map -> carrier of the camera; None: the camera itself."""
+        carrier = carrier or Carrier(self.camera_frame, np.eye(4))
         transform = self._messages.transform(
-            self.T_map_camera, self.stamp_ns, self._outputs.map_frame, self.camera_frame
+            self.T_map_camera @ np.linalg.inv(carrier.T_carrier_camera),
+            self.stamp_ns,
+            self._outputs.map_frame,
+            carrier.frame,
         )
         return self._messages.tf([transform])
 

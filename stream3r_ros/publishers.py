@@ -10,6 +10,7 @@ from stream3r_core.types import FramePrediction
 from stream3r_ros.config import NodeConfig, OutputConfig
 from stream3r_ros.messages import rclpy_class, rclpy_messages
 from stream3r_ros.outputs import FRAME_TOPICS, TOPICS, FrameOutputs, Outputs, Topic
+from stream3r_ros.tf import Carrier
 
 # Which switch of NodeConfig.outputs each topic obeys; /tf has publish_tf.
 SWITCHES = {
@@ -42,13 +43,20 @@ class Publishers:
         self._limits.clear()
 
     def publish(
-        self, prediction: FramePrediction, camera_frame: str, config: NodeConfig
+        self,
+        prediction: FramePrediction,
+        camera_frame: str,
+        config: NodeConfig,
+        carrier: Carrier | None,
     ) -> FrameOutputs:
-        """Send what ``config`` asks for about one frame; its transform first."""
+        """Send what ``config`` asks for about one frame; its transform first.
+
+        ``carrier`` is what the transform puts into the map; None: it is not known, no transform.
+        """
         self.outputs.mapping = config.mapping
         frame = self.outputs.add(prediction, camera_frame)
-        if config.publish_tf:
-            self._send('/tf', frame.tf())
+        if config.publish_tf and carrier is not None:
+            self._send('/tf', frame.tf(carrier))
         due = {
             name: self._is_due(name, getattr(config.outputs, name), frame.stamp_ns)
             for name in {*SWITCHES.values(), 'path'}

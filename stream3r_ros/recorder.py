@@ -1,17 +1,23 @@
 """What ``~/save_map`` writes: a bounded store of poses, and the files."""
 
+import re
+import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from stream3r_core.errors import InputError, OutputError
+from stream3r_core.errors import ConfigError, InputError, OutputError
 from stream3r_core.evaluation.trajectory import Trajectory
 from stream3r_core.evaluation.trajectory_files import write_tum
-from stream3r_core.mapping import MapCloud, save_ply
+from stream3r_core.mapping import MapCloud, save_pcd, save_ply
+from stream3r_ros.config import SaveMapConfig
 
-MAP_FILE = 'map.ply'
-TRAJECTORY_FILE = 'trajectory.tum'
+_PLAIN_NAME = re.compile(r'[\w-][\w.-]{0,199}')
+POINT_BYTES, POSE_BYTES = 40, 150  # in all formats together, rounded up
+SPARE_BYTES = 16_000_000
 
 
 class PoseRecorder:
@@ -60,17 +66,58 @@ class Snapshot(NamedTuple):
     num_forgotten: int
 
 
-def save_snapshot(snapshot: Snapshot, directory: str) -> list[Path]:
-    """Write ``map.ply`` and ``trajectory.tum`` into ``directory`` and return their paths.
+def save_snapshot(snapshot: Snapshot, config: SaveMapConfig) -> list[Path]:
+    """Write map and trajectory into ``config.directory`` and return the paths.
 
-    Each file appears whole or not at all. Raises :class:`OutputError`.
+    Each file appears whole or not at all, and replaces one of the same name. Raises
+    :class:`ConfigError` for a name that is none or leads elsewhere, :class:`OutputError` where
+    the files cannot be written or would fill the disk.
     """
+    map_name, trajectory_name = plain_names(config)
+    writers: dict[str, Callable[[Path], None]] = {}
+    if config.ply:
+        writers[f'{map_name}.ply'] = partial(save_ply, snapshot.cloud)
+    if config.pcd:
+        writers[f'{map_name}.pcd'] = partial(save_pcd, snapshot.cloud)
+    if config.tum:
+        writers[f'{trajectory_name}.tum'] = partial(write_tum, trajectory=snapshot.trajectory)
+    folder = _folder(config.directory)
+    _check_space(folder, snapshot)
+    for name, write in writers.items():
+        write(path=folder / name)
+    return [folder / name for name in writers]
+
+
+def plain_names(config: SaveMapConfig) -> tuple[str, str]:
+    """Return the names of map and trajectory; raises ConfigError unless they are mere names."""
+    for option in ('map_name', 'trajectory_name'):
+        name = getattr(config, option)
+        if not _PLAIN_NAME.fullmatch(name):
+            raise ConfigError(
+                f'save_map.{option}: expected a file name of letters, digits, "-", "_" and ".", '
+                f'without folders and not beginning with ".", got {name!r}'
+            )
+    if not (config.ply or config.pcd or config.tum):
+        raise ConfigError('save_map: ply, pcd and tum are all switched off: nothing to write')
+    return config.map_name, config.trajectory_name
+
+
+def _folder(directory: str) -> Path:
+    if not directory:
+        raise ConfigError('nothing was saved: set the parameter save_map.directory to a folder')
     folder = Path(directory).expanduser().absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f'cannot make the folder {folder}: {error.strerror}') from error
-    paths = [folder / MAP_FILE, folder / TRAJECTORY_FILE]
-    save_ply(snapshot.cloud, paths[0])
-    write_tum(paths[1], snapshot.trajectory)
-    return paths
+    return folder
+
+
+def _check_space(folder: Path, snapshot: Snapshot) -> None:
+    needed = POINT_BYTES * len(snapshot.cloud) + POSE_BYTES * len(snapshot.trajectory)
+    free = shutil.disk_usage(folder).free
+    if free < needed + SPARE_BYTES:
+        raise OutputError(
+            f'the disk of {folder} is full: {free / 1e6:.0f} MB are free, the files may take '
+            f'{needed / 1e6:.0f} MB and {SPARE_BYTES / 1e6:.0f} MB are to stay free; make room'
+        )

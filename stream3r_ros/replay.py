@@ -88,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command and return its exit code."""
     config = config_from_args(args, {'session.mode': 'full'} if are_photos(args.input) else {})
     check_frames(config)
+    _check_offline(config)
     with open_source(args, config.rectify) as (source, bag):
         truth = _named_truth(args.ground_truth, bag)
         model = load_configured_model(config.model)
@@ -107,6 +108,15 @@ def run(args: argparse.Namespace) -> int:
     if not report.images_out and not report.interrupted:
         raise DataError(f'{source.name}: none of {report.images_in} images could be used')
     return INTERRUPTED if report.interrupted else 0
+
+
+def _check_offline(config: NodeConfig) -> None:
+    """Refuse what only a live graph can give; without it the map is map_frame -> camera."""
+    if config.map_orientation == 'level' and config.odom_frame:
+        raise ConfigError(
+            "map_orientation 'level' with odom_frame asks a live /tf: for a replay set "
+            "odom_frame='' and camera_roll and camera_pitch"
+        )
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from stream3r_ros.bag import BagWriter
 from stream3r_ros.config import NodeConfig
 from stream3r_ros.messages import rosbags_messages
 from stream3r_ros.outputs import TOPICS, Outputs
+from stream3r_ros.tf import T_map_of_first_camera
 
 TRAJECTORY, MAP, BAG = 'trajectory.tum', 'map.ply', 'bag'
 NAMESPACE = '/stream3r'  # of the topics that a node of that name publishes
@@ -29,6 +30,7 @@ class Results:
         self._outputs = Outputs(
             rosbags_messages(),
             config.map_frame,
+            T_map_world=T_map_of_first_camera(config),
             max_path_poses=config.outputs.path.max_poses,
             mapping=config.mapping,
         )

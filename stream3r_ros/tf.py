@@ -1,19 +1,38 @@
-"""Frame names: what may be an end of the transform that the node broadcasts."""
+"""The transform that the node broadcasts: its frames, and how the map lies in space."""
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy.spatial.transform import Rotation
 
 from stream3r_core.errors import ConfigError, InputError
 from stream3r_ros.config import NodeConfig
+
+# REP-103: an optical frame (x right, y down, z forward) as seen from its body (x forward, z up).
+T_BODY_OPTICAL = np.array([[0.0, 0, 1, 0], [-1, 0, 0, 0], [0, -1, 0, 0], [0, 0, 0, 1]])
+_MIN_HEADING = 0.05  # horizontal part of a direction that still says where it points
+
+
+class Carrier(NamedTuple):
+    """The frame that the broadcast puts into the map, and the camera in it."""
+
+    frame: str
+    T_carrier_camera: np.ndarray  # [4, 4]
 
 
 def check_frames(config: NodeConfig) -> None:
     """Raise :class:`ConfigError` unless the configured frames can be frames of tf2."""
     if not config.map_frame:
         raise ConfigError("map_frame must not be empty; REP-105 calls it 'map'")
-    for name in ('map_frame', 'camera_frame'):
+    taken: dict[str, str] = {}
+    for name in ('map_frame', 'odom_frame', 'base_frame', 'camera_frame'):
         frame = getattr(config, name)
         if frame.startswith('/'):
             raise ConfigError(f'{name}: tf2 takes no leading slash, got {frame!r}')
-    if config.camera_frame == config.map_frame:
-        raise ConfigError(f'camera_frame and map_frame are both {config.map_frame!r}')
+        if frame in taken:
+            raise ConfigError(f'{taken[frame]} and {name} are both {frame!r}')
+        if frame:
+            taken[frame] = name
 
 
 def camera_frame(image_frame_id: str, config: NodeConfig) -> str:
@@ -34,3 +53,42 @@ def camera_frame(image_frame_id: str, config: NodeConfig) -> str:
             'parameters map_frame and camera_frame'
         )
     return frame
+
+
+def carrier_frame(camera_frame: str, config: NodeConfig) -> str:
+    """Return the frame that is put into the map: odometry, base or the camera itself."""
+    return config.odom_frame or config.base_frame or camera_frame
+
+
+def T_level_camera(roll: float, pitch: float) -> np.ndarray:
+    """Return the pose [4, 4] of an optical frame at the origin, in a frame with z up.
+
+    Angles in rad, of the body of the camera (x forward, y left): positive ``roll`` lowers its
+    right side, positive ``pitch`` its front (REP-103).
+    """
+    T = np.eye(4)
+    T[:3, :3] = Rotation.from_euler('YX', [pitch, roll]).as_matrix()
+    return T @ T_BODY_OPTICAL
+
+
+def T_map_of_first_camera(config: NodeConfig) -> np.ndarray:
+    """Return T_map_world [4, 4] as configured, where no odometry has a say."""
+    if config.map_orientation == 'camera':
+        return T_BODY_OPTICAL
+    return T_level_camera(config.camera_roll, config.camera_pitch)
+
+
+def upright_map(T_up_camera: np.ndarray) -> np.ndarray:
+    """Return T_map_world [4, 4] from the first camera's attitude in any frame with z up.
+
+    The map begins in the first camera; its x axis is where that camera looks, horizontally, or
+    the upper edge of its image where it looks straight down.
+    """
+    R_up_camera = T_up_camera[:3, :3]
+    heading = R_up_camera[:, 2]
+    if np.linalg.norm(heading[:2]) < _MIN_HEADING:
+        heading = np.sign(heading[2]) * R_up_camera[:, 1]
+    yaw = np.arctan2(heading[1], heading[0])
+    T_map_world = np.eye(4)
+    T_map_world[:3, :3] = Rotation.from_euler('z', -yaw).as_matrix() @ R_up_camera
+    return T_map_world

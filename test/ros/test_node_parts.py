@@ -1,6 +1,7 @@
 """The small parts of the node, without a graph: figures, frames, rates, the record of poses."""
 
 import logging
+import shutil
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from stream3r_core.config import flatten
 from stream3r_core.errors import ConfigError, InputError, OutputError
 from stream3r_core.evaluation.trajectory_files import read_trajectory
 from stream3r_core.mapping import MapCloud, load_ply
-from stream3r_ros.config import NodeConfig
+from stream3r_ros.config import NodeConfig, SaveMapConfig
 from stream3r_ros.diagnostics import (
     RATE_WINDOW_S,
     FrameStatistics,
@@ -147,7 +148,8 @@ def snapshot():
 
 
 def test_a_snapshot_is_written_and_reads_back(tmp_path):
-    map_file, trajectory_file = save_snapshot(snapshot(), str(tmp_path / 'a' / 'b'))
+    config = SaveMapConfig(directory=str(tmp_path / 'a' / 'b'))
+    map_file, trajectory_file = save_snapshot(snapshot(), config)
     np.testing.assert_array_equal(load_ply(map_file).points_xyz, snapshot().cloud.points_xyz)
     trajectory = read_trajectory(trajectory_file)
     assert trajectory.stamps_ns.tolist() == [1_700_000_000_123_456_789]
@@ -157,7 +159,46 @@ def test_a_snapshot_is_written_and_reads_back(tmp_path):
 def test_a_snapshot_that_cannot_be_written_says_where(tmp_path):
     (tmp_path / 'file').write_text('')
     with pytest.raises(OutputError, match='file'):
-        save_snapshot(snapshot(), str(tmp_path / 'file'))
+        save_snapshot(snapshot(), SaveMapConfig(directory=str(tmp_path / 'file')))
+
+
+def test_names_and_formats_of_the_files_are_options(tmp_path):
+    config = SaveMapConfig(str(tmp_path), 'kitchen-2', 'walk_1.a', ply=False, pcd=True)
+    paths = save_snapshot(snapshot(), config)
+    assert paths == [tmp_path / 'kitchen-2.pcd', tmp_path / 'walk_1.a.tum']
+    assert sorted(tmp_path.iterdir()) == sorted(paths)
+    assert b'POINTS 3' in paths[0].read_bytes()
+
+
+@pytest.mark.parametrize('name', ['', '.', '..', '.hidden', '../map', 'a/b', '/tmp/map', 'a\0b'])
+def test_names_that_lead_elsewhere_are_refused(tmp_path, name):
+    for fields in ({'map_name': name}, {'trajectory_name': name}):
+        with pytest.raises(ConfigError, match='expected a file name'):
+            save_snapshot(snapshot(), SaveMapConfig(directory=str(tmp_path / 'in'), **fields))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_link_in_the_folder_is_replaced_and_not_followed(tmp_path):
+    victim = tmp_path / 'victim'
+    victim.write_text('untouched')
+    (tmp_path / 'in').mkdir()
+    (tmp_path / 'in' / 'map.ply').symlink_to(victim)
+    save_snapshot(snapshot(), SaveMapConfig(directory=str(tmp_path / 'in')))
+    assert victim.read_text() == 'untouched'
+
+
+def test_a_full_disk_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, 'disk_usage', lambda folder: usage)
+    with pytest.raises(OutputError, match='is full'):
+        save_snapshot(snapshot(), SaveMapConfig(directory=str(tmp_path)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_to_write_is_refused(tmp_path):
+    config = SaveMapConfig(directory=str(tmp_path), ply=False, tum=False)
+    with pytest.raises(ConfigError, match='switched off'):
+        save_snapshot(snapshot(), config)
 
 
 def test_the_frame_of_an_image_is_its_own_unless_configured():

@@ -156,6 +156,22 @@ def test_save_map_writes_map_and_trajectory_and_says_where(live, tmp_path):
     assert sorted(p.name for p in folder.iterdir()) == ['map.ply', 'trajectory.tum']
 
 
+def test_pause_drops_images_and_resume_goes_on_with_the_session(live):
+    live.start(**{'outputs.path.max_rate_hz': 0})
+    live.connect_camera()
+    live.feed(0)
+    assert live.call('pause').success
+    live.wait_until(lambda: live.figure('state') == 'paused')
+    live.camera.publish(live.image(1))
+    live.wait_until(lambda: live.figure('images_dropped.paused') == 1)
+    said = live.call('get_status')
+    assert said.success and said.message.startswith('paused: ')
+    assert 'images_dropped.paused: 1' in said.message.split('\n')
+    assert live.call('resume').success
+    live.feed(2)
+    assert len(live.wait_for('~/path', 2)[-1].poses) == 2
+
+
 def test_save_map_refuses_without_a_folder(live):
     live.start()
     live.connect_camera()
