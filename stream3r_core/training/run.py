@@ -29,7 +29,7 @@ def main(
     accelerator.init_trackers('tensorboard')
     trainer = Trainer(config, folder, accelerator)
     resumed = trainer.resume()
-    print(f'training from step {trainer.step}' + (' (resumed)' if resumed else ''), flush=True)
+    accelerator.print(f'training from step {trainer.step}' + (' (resumed)' if resumed else ''))
     trainer.run(stop_at)
     accelerator.end_training()
 
