@@ -75,34 +75,56 @@ def merge(buffers: Buffers, pivots: Pivots, tokens: Tokens, rule: MergeRule) -> 
 
 def _absorb(pivots: Pivots, tokens: Tokens, rule: MergeRule) -> tuple[Pivots, Tensor]:
     """Add tokens to the pivots that resemble them; return the pivots and the mask of the taken."""
-    R, P, _ = pivots.k.shape
+    R, P, D = pivots.k.shape
     row = tokens.row.clamp_max(R - 1)
-    similarity = (_unit(pivots.k)[row] @ _unit(tokens.k)[..., None])[..., 0]  # [M, P]
+    comparable = (tokens.row < R) & (pivots.count > 0).any(1)[row]
+    pick = _worth_a_look(comparable)
+    k, v, row = tokens.k[pick], tokens.v[pick], row[pick]
+    similarity = (_unit(pivots.k[row]) @ _unit(k)[..., None])[..., 0]  # [m, P]
     similarity = similarity.masked_fill(pivots.count[row] == 0, -torch.inf)
     best, which = similarity.max(1)
-    taken = (tokens.row < R) & (best >= rule.absorb_threshold)
+    taken = comparable[pick] & (best >= rule.absorb_threshold)
     attraction = best.exp().where(taken, 0.0)
     columns = [
-        attraction[:, None] * tokens.k,
-        attraction[:, None] * tokens.v,
-        torch.stack((attraction, tokens.score, taken.to(best), attraction * _norm(tokens.k)), 1),
+        attraction[:, None] * k,
+        attraction[:, None] * v,
+        torch.stack((attraction, tokens.score[pick], taken.to(best), attraction * _norm(k)), 1),
     ]
-    segment = (row * P + which).where(taken, R * P)
-    sums = segment_sum(torch.cat(columns, 1), segment, R * P).unflatten(0, (R, P))
-    D = tokens.k.shape[1]
-    sum_k, sum_v, scalars = sums[..., :D], sums[..., D:-4], sums[..., -4:]
-    added, score, count, sum_norm = scalars.unbind(-1)
-    grown = _weighted_mean(
-        (pivots.weight, pivots.k, pivots.v, _norm(pivots.k)), (added, sum_k, sum_v, sum_norm), rule
+    slot = row * P + which
+    grows = _worth_a_look(torch.zeros(R * P, dtype=torch.bool, device=row.device).index_fill_(
+        0, slot, True
+    ))  # fmt: skip
+    segment = torch.searchsorted(grows, slot).where(taken, len(grows))
+    sums = segment_sum(torch.cat(columns, 1), segment, len(grows))
+    old = Pivots(*(x.flatten(0, 1)[grows] for x in pivots))
+    new = _grown(old, sums[:, :D], sums[:, D:-4], sums[:, -4:], rule)
+    pivots = Pivots(
+        *(x.flatten(0, 1).index_copy(0, grows, y).view_as(x) for x, y in zip(pivots, new))
     )
-    touched = (count > 0)[..., None]
+    return pivots, torch.zeros_like(comparable).index_copy_(0, pick, taken)
+
+
+def _grown(old: Pivots, sum_k: Tensor, sum_v: Tensor, scalars: Tensor, rule: MergeRule) -> Pivots:
+    """Add the weighted sums of tokens to pivots [n]; nothing added: the same to the last bit."""
+    added, score, count, sum_norm = scalars.unbind(-1)
+    k, v = _weighted_mean(
+        (old.weight, old.k, old.v, _norm(old.k)), (added, sum_k, sum_v, sum_norm), rule
+    )
+    touched = (count > 0)[:, None]
     return Pivots(
-        grown[0].where(touched, pivots.k),
-        grown[1].where(touched, pivots.v),
-        pivots.weight + added,
-        pivots.score_sum + score,
-        pivots.count + count,
-    ), taken
+        k.where(touched, old.k),
+        v.where(touched, old.v),
+        old.weight + added,
+        old.score_sum + score,
+        old.count + count,
+    )
+
+
+def _worth_a_look(mask: Tensor) -> Tensor:
+    """Return the marked positions, or all where the host cannot know them without waiting."""
+    if counted_on_host(mask.device):
+        return mask.nonzero().flatten()
+    return torch.arange(len(mask), device=mask.device)
 
 
 def _weighted_mean(base: tuple, added: tuple, rule: MergeRule) -> tuple[Tensor, Tensor]:
@@ -156,9 +178,7 @@ def _fill_buffers(buffers: Buffers, tokens: Tokens, size: int) -> tuple[Buffers,
 
 def _merge_full(members: Buffers, pivots: Pivots, full: Tensor, rule: MergeRule) -> Pivots:
     """Turn the buffer of each full row into a pivot."""
-    if not counted_on_host(full.device):
-        return _insert(pivots, _merge_members(members, rule), full, rule)
-    rows = full.nonzero().flatten()
+    rows = _worth_a_look(full)
     made = _merge_members(Buffers(*(x[rows] for x in members)), rule)
     made = _insert(Pivots(*(x[rows] for x in pivots)), made, full[rows], rule)
     return Pivots(*(old.index_copy(0, rows, new) for old, new in zip(pivots, made)))
