@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from stream3r_core.errors import DataError, InputError
-from stream3r_core.evaluation.datasets.frames import Clip, Frame, nearest_within, resized_K
+from stream3r_core.evaluation.datasets.frames import Clip, Frame, pose_at, resized_K
 from stream3r_core.evaluation.registration import register_depth
-from stream3r_core.evaluation.trajectory import ASSOCIATION_TOLERANCE_NS, Trajectory
+from stream3r_core.evaluation.trajectory import Trajectory
 from stream3r_ros.bag import DEPTH_ENCODINGS, RAW_IMAGE, BagReader, BagTopic
 from stream3r_ros.config import NodeConfig
 from stream3r_ros.conversions import (
@@ -198,16 +198,9 @@ class BagFrames:
                     stamp,
                     load_image=partial(image_from_message, message),
                     K=self._K,
-                    T_world_camera=self._pose(stamp),
+                    T_world_camera=pose_at(self._truth, stamp),
                     load_depth_m=depth and partial(self._load_depth, depth),
                 )
-
-    def _pose(self, stamp: int) -> np.ndarray | None:
-        if self._truth is None or self._truth.stamps_ns is None:
-            return None
-        stamps = self._truth.stamps_ns
-        (nearest,) = nearest_within(np.array([stamp]), stamps, ASSOCIATION_TOLERANCE_NS)
-        return None if nearest < 0 else self._truth.T_world_camera[nearest]
 
     def _load_depth(self, message: Any) -> np.ndarray:
         try:

@@ -174,48 +174,39 @@ def _unique(path: Path, among: Sequence[str]) -> str:
 
 
 def open_clip(task: Task) -> tuple[Clip, list[Trajectory]]:
-    """Return the clip of a task and the further truths to compare with."""
+    """Return the clip of a task, its truth being the first one named, and the further truths."""
     wanted = [name for name in task.ground_truth if name != 'none']
-    files = [read_trajectory(name) for name in wanted if Path(name).is_file()]
-    topics = [name for name in wanted if not Path(name).is_file()]
     path = Path(task.inputs[0])
-    if task.dataset:
-        clip = dataset(task.dataset).read(path, task.inputs[1])
-    elif len(task.inputs) == 1 and is_bag(path):
-        return _open_bag(task, files, topics)
-    elif topics:
-        raise DataError(f'--ground-truth {topics[0]} is no file')
-    elif path.is_dir():
-        depth_folder = Path(task.depth) if task.depth not in ('', 'none') else None
-        clip = read_folder(path, '.', None, depth_folder)
-    else:
-        source = file_source(task.inputs, task.rate_hz)
-        clip = Clip(source.name, SourceFrames(source))
-    return _with_truth(clip, files, task)
-
-
-def _open_bag(task: Task, files, topics) -> tuple[Clip, list[Trajectory]]:
-    path, config = task.inputs[0], task.config
-    read = partial(bag_clip, path, task.image_topic, task.depth, config=config)
-    if task.ground_truth and not topics:
-        return _with_truth(read(truth=None), files, task)
-    first, *others = topics or ['']
-    clip = read(truth=first)
-    more = [read(truth=name).truth for name in others]
-    return clip, [truth for truth in (*more, *files) if truth is not None]
-
-
-def _with_truth(clip: Clip, files, task: Task) -> tuple[Clip, list[Trajectory]]:
-    """Put the first named truth in the place of the clip's own."""
+    if len(task.inputs) == 1 and not task.dataset and is_bag(path):
+        return _open_bag(task, wanted)
+    for name in wanted:
+        if not Path(name).is_file():
+            raise DataError(f'--ground-truth {name} is no file')
+    clip = _open_files(task, path)
     if not task.ground_truth:
         return clip, []
-    if not files:
-        return Clip(clip.name, clip.frames, None, clip.remarks), []
-    first, *more = files
-    if first.stamps_ns is None and first.T_world_camera.shape[0] == len(clip.frames):
-        stamps = [frame.stamp_ns for frame in clip.frames]
-        first = Trajectory(stamps, first.T_world_camera, first.name)
-    return Clip(clip.name, clip.frames, first, clip.remarks), more
+    first, *more = [read_trajectory(name) for name in wanted] or [None]
+    return clip.with_truth(first), more
+
+
+def _open_files(task: Task, path: Path) -> Clip:
+    if task.dataset:
+        return dataset(task.dataset).read(path, task.inputs[1])
+    if len(task.inputs) == 1 and path.is_dir():
+        return read_folder(path, depth_folder=task.depth or None)
+    source = file_source(task.inputs, task.rate_hz)
+    return Clip(source.name, SourceFrames(source))
+
+
+def _open_bag(task: Task, wanted: Sequence[str]) -> tuple[Clip, list[Trajectory]]:
+    """Truths of a bag are files, or topics of the bag."""
+    read = partial(bag_clip, task.inputs[0], task.image_topic, task.depth, config=task.config)
+    if not task.ground_truth:
+        return read(), []
+    truths = [read_trajectory(name) if Path(name).is_file() else name for name in wanted]
+    first, *others = truths or [None]
+    more = [t if isinstance(t, Trajectory) else read(truth=t).truth for t in others]
+    return read(truth=first), more
 
 
 @lru_cache(maxsize=1)

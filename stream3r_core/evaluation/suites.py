@@ -266,12 +266,17 @@ def _judge_clip(run: SuiteRun, part: Part, name: str) -> dict:
     }
 
 
+def judged(records: list[dict], dataset_name: str) -> list[dict]:
+    """Records of a dataset that have numbers."""
+    return [r for r in records if r['dataset'] == dataset_name and r.get('numbers')]
+
+
 def averages(run: SuiteRun, records: list[dict]) -> dict[str, dict[str, float]]:
     """Mean numbers of each dataset, as the suite's protocol averages them."""
     chosen = suite(run.name)
     means = {}
     for part in chosen.parts:
-        good = [r for r in records if r['dataset'] == part.dataset and not r['failure']]
+        good = judged(records, part.dataset)
         if part.dataset == 'co3d':
             good = list(_per_category(good))
         if good:

@@ -10,7 +10,7 @@ import yaml
 from stream3r_core.config import to_dict
 from stream3r_core.evaluation.html import flat, number, table, write_page
 from stream3r_core.evaluation.protocols import reconstruction
-from stream3r_core.evaluation.suites import Part, SuiteRun, averages, suite
+from stream3r_core.evaluation.suites import Part, SuiteRun, averages, judged, suite
 from stream3r_core.files import atomic_write
 
 REFERENCE = Path(__file__).with_name('reference.yaml')
@@ -51,7 +51,7 @@ def summarise(run: SuiteRun, records: list[dict]) -> list[SummaryTable]:
     tables = []
     for part in suite(run.name).parts:
         if part.dataset in means:
-            good = [r for r in records if r['dataset'] == part.dataset and not r['failure']]
+            good = judged(records, part.dataset)
             tables.append(_table(run, part, means[part.dataset], good))
     return tables
 

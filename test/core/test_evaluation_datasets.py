@@ -22,6 +22,7 @@ from stream3r_core.errors import DataError
 from stream3r_core.evaluation.datasets import DATASETS, dataset
 from stream3r_core.evaluation.datasets.folder import read as read_folder
 from stream3r_core.evaluation.datasets.frames import nearest_within, resized_K
+from stream3r_core.evaluation.trajectory import Trajectory
 
 WITHOUT_POSES = {'kitti_depth', 'kitti_depth_video', 'nyu'}
 WITHOUT_K = {'kitti_depth_video', 'nyu', 'scannet_90'}
@@ -211,7 +212,20 @@ def test_a_plain_folder_takes_other_truth_than_what_lies_beside_it(tmp_path):
     np.testing.assert_allclose(clip.truth.T_world_camera, scene.T_world_camera, atol=1e-12)
     np.testing.assert_allclose(clip.frames[2].load_depth_m(), scene.depth_m[2], atol=1e-3)
     with pytest.raises(DataError, match='named like the images'):
-        read_folder(tmp_path, '.', None, tmp_path / 'color' / '..' / 'none')
+        read_folder(tmp_path, '.', None, tmp_path / 'nowhere')
+    assert read_folder(tmp_path, '.', None, 'none').frames[0].load_depth_m is None
+
+
+def test_another_truth_gives_the_frames_other_poses(tmp_path):
+    scene = folder(tmp_path)
+    clip = read_folder(tmp_path)
+    other = Trajectory(clip.truth.stamps_ns[:2], scene.T_world_camera[1:], 'other')
+    replaced = clip.with_truth(other)
+    assert replaced.truth is other and replaced.frames[2].T_world_camera is None
+    np.testing.assert_array_equal(replaced.frames[0].T_world_camera, scene.T_world_camera[1])
+    assert clip.with_truth(None).truth is None
+    with pytest.raises(DataError, match='TUM file'):
+        clip.with_truth(Trajectory(None, scene.T_world_camera[:2]))
 
 
 def break_kitti_calibration(root):

@@ -111,8 +111,7 @@ def test_camera_poses_of_the_truth(clip, oracle):
 
 
 def test_relative_poses_of_the_truth_take_ten_frames_of_a_long_clip(clip, oracle, monkeypatch):
-    with pytest.raises(DataError, match='50 or more'):
-        protocols.co3d_pose(clip, oracle)
+    assert protocols.co3d_pose(clip, oracle).numbers == {}  # fewer than 50 frames
     monkeypatch.setattr(protocols, 'CO3D_MIN_LENGTH', 10)
     auc = protocols.co3d_pose(clip, oracle).numbers
     assert list(auc) == ['AUC@30', 'AUC@15', 'AUC@5', 'AUC@3']

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import re
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -205,3 +207,17 @@ def test_a_foreign_report_is_refused(tmp_path, text):
         read_report(tmp_path / 'report.json')
     with pytest.raises(DataError, match='cannot read'):
         read_report(tmp_path / 'none.json')
+
+
+def test_importing_the_evaluation_loads_no_optional_package():
+    names = 'run, suites, summary, compare, exports, jobs, datasets'
+    code = (
+        f'import sys; from stream3r_core.evaluation import {names}; '
+        'print(*{m.split(".")[0] for m in sys.modules})'
+    )
+    root = Path(__file__).resolve().parents[2]
+    run = subprocess.run(
+        [sys.executable, '-c', code], capture_output=True, text=True, cwd=root, check=True
+    )
+    optional = {'rclpy', 'rosbags', 'triton', 'open3d', 'matplotlib', 'evo', 'trimesh', 'ray'}
+    assert 'torch' in run.stdout and not optional & set(run.stdout.split())

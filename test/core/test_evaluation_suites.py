@@ -106,7 +106,9 @@ def test_co3d_uses_seen_categories_and_averages_over_them(tmp_path):
     records = run_suite(run, num_workers=0)
     assert [(r['clip'], r['frames']) for r in records] == [('apple/110_13051_23361', 50)]
     assert list(records[0]['numbers']) == ['AUC@30', 'AUC@15', 'AUC@5', 'AUC@3']
-    many = [
+    short = [{'dataset': 'co3d', 'clip': 'apple/s', 'failure': '', 'weight': 0, 'numbers': {}}]
+    assert averages(run, short) == {}
+    many = short + [
         {'dataset': 'co3d', 'clip': clip, 'failure': '', 'weight': 1, 'numbers': {'AUC@30': auc}}
         for clip, auc in (('apple/a', 1.0), ('apple/b', 0.0), ('vase/c', 0.1))
     ]

@@ -24,10 +24,8 @@ from stream3r_core.evaluation.datasets.frames import (
     Clip,
     Dataset,
     made_up_stamps,
-    nearest_within,
     pinhole,
 )
-from stream3r_core.evaluation.trajectory import ASSOCIATION_TOLERANCE_NS, Trajectory
 from stream3r_core.evaluation.trajectory_files import read_trajectory
 from stream3r_core.image import list_photos
 
@@ -44,18 +42,18 @@ def find(root: Path) -> list[str]:
 def read(
     root: Path,
     name: str = '.',
-    groundtruth: Path | None = None,
-    depth_folder: Path | None = None,
+    groundtruth: str | Path | None = None,
+    depth_folder: str | Path | None = None,
 ) -> Clip:
-    """Read a folder; ``groundtruth`` and ``depth_folder`` replace what lies beside the images."""
+    """Read a folder; ``groundtruth`` and ``depth_folder`` replace what lies beside the images.
+
+    ``depth_folder`` 'none': no depth.
+    """
     folder = Path(root) / name
     images, stamps, depths, remarks = _listed(folder)
-    truth = _truth(folder, groundtruth, stamps)
-    poses = [None] * len(images)
-    if truth is not None and truth.stamps_ns is not None:
-        near = nearest_within(stamps, truth.stamps_ns, ASSOCIATION_TOLERANCE_NS)
-        poses = [truth.T_world_camera[i] if i >= 0 else None for i in near]
-    if depth_folder is not None or not any(depths):
+    if depth_folder == 'none':
+        depths = [None] * len(images)
+    elif depth_folder is not None or not any(depths):
         depths = _depths_by_name(images, Path(depth_folder or folder / 'depth'))
         if depth_folder is not None and not any(depths):
             raise DataError(
@@ -63,10 +61,12 @@ def read(
             )
     K = _read_K(folder / 'intrinsics.json')
     frames = [
-        file_frame(image, int(stamp), K=K, T_world_camera=pose, load_depth_m=_loader(depth))
-        for image, stamp, pose, depth in zip(images, stamps, poses, depths)
+        file_frame(image, int(stamp), K=K, load_depth_m=_loader(depth))
+        for image, stamp, depth in zip(images, stamps, depths)
     ]
-    return Clip(folder.resolve().name, tuple(frames), truth, remarks)
+    clip = Clip(folder.resolve().name, tuple(frames), None, remarks)
+    path = Path(groundtruth) if groundtruth else folder / 'groundtruth.txt'
+    return clip.with_truth(read_trajectory(path) if groundtruth or path.exists() else None)
 
 
 def _photos(folder: Path) -> list[Path]:
@@ -99,20 +99,6 @@ def _listed(folder: Path):
     images = [folder / c[0] for c in columns]
     depths = [folder / c[2] if len(c) == 3 else None for c in columns]
     return images, stamps, depths, ()
-
-
-def _truth(folder: Path, groundtruth: Path | None, stamps: np.ndarray) -> Trajectory | None:
-    path = Path(groundtruth) if groundtruth else folder / 'groundtruth.txt'
-    if not groundtruth and not path.exists():
-        return None
-    truth = read_trajectory(path)
-    if truth.stamps_ns is None and len(truth) == len(stamps):
-        return Trajectory(stamps, truth.T_world_camera, truth.name)
-    if truth.stamps_ns is None:
-        raise DataError(
-            f'{path}: {len(truth)} poses without stamps for {len(stamps)} images; give a TUM file'
-        )
-    return truth
 
 
 def _depths_by_name(images: list[Path], folder: Path) -> list[Path | None]:

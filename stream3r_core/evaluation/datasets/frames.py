@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from stream3r_core.errors import DataError
-from stream3r_core.evaluation.trajectory import Trajectory
+from stream3r_core.evaluation.trajectory import ASSOCIATION_TOLERANCE_NS, Trajectory
 
 FRAME_PERIOD_NS = 33_333_333  # of datasets without stamps: 30 Hz
 MADE_UP_STAMPS = 'the dataset has no stamps; 30 Hz is assumed'
@@ -68,6 +68,25 @@ class Clip:
             f'truth of {self.name}',
         )
 
+    def with_truth(self, truth: Trajectory | None) -> 'Clip':
+        """Return the clip with another true trajectory, and its poses in the frames.
+
+        A trajectory without stamps must have one pose per frame.
+        """
+        if truth is not None and truth.stamps_ns is None:
+            if len(truth) != len(self):
+                raise DataError(
+                    f'{truth.name}: {len(truth)} poses without stamps for {len(self)} images; '
+                    'give a TUM file'
+                )
+            stamps = np.array([frame.stamp_ns for frame in self.frames])
+            truth = Trajectory(stamps, truth.T_world_camera, truth.name)
+        frames = tuple(
+            dataclasses.replace(frame, T_world_camera=pose_at(truth, frame.stamp_ns))
+            for frame in self.frames
+        )
+        return dataclasses.replace(self, frames=frames, trajectory=truth)
+
     def take(self, indices) -> 'Clip':
         """Return the clip of these frames."""
         frames = tuple(self.frames[i] for i in indices)
@@ -117,6 +136,15 @@ def resized_K(K: np.ndarray, size_hw: tuple[int, int], new_size_hw: tuple[int, i
 def made_up_stamps(number: int) -> list[int]:
     """Stamps at 30 Hz for datasets that have none."""
     return [index * FRAME_PERIOD_NS for index in range(number)]
+
+
+def pose_at(truth: Trajectory | None, stamp_ns: int) -> np.ndarray | None:
+    """Pose [4, 4] nearest in time within the association tolerance; None: there is none."""
+    if truth is None or truth.stamps_ns is None:
+        return None
+    stamp = np.array([stamp_ns])
+    (nearest,) = nearest_within(stamp, truth.stamps_ns, ASSOCIATION_TOLERANCE_NS)
+    return None if nearest < 0 else truth.T_world_camera[nearest]
 
 
 def nearest_within(stamps: np.ndarray, among: np.ndarray, tolerance_ns: int) -> np.ndarray:
