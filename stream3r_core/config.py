@@ -204,6 +204,11 @@ class SessionConfig:
     max_frames: int = option(
         0, 'mode causal: refuse to grow beyond this many frames; 0 = until memory ends', minimum=0
     )
+    device_frames: int = option(
+        0,
+        'mode causal: frames kept on the device, all later ones wait in host memory; 0 = all',
+        minimum=0,
+    )
 
 
 @dataclass(frozen=True)

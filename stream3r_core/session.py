@@ -50,6 +50,7 @@ class StreamSession:
         window_rule: str = 'published',
         camera_cache: str = 'per_iteration',
         max_frames: int = 0,
+        device_frames: int = 0,
         image: ImageConfig | None = None,
         outputs: tuple[str, ...] = ALL_OUTPUTS,
         cache: CacheConfig | None = None,
@@ -62,6 +63,7 @@ class StreamSession:
                 'window_rule': window_rule,
                 'camera_cache': camera_cache,
                 'max_frames': max_frames,
+                'device_frames': device_frames,
             },
             'session',
         )

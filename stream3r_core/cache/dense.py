@@ -8,6 +8,14 @@ from stream3r_core.errors import CacheError
 GROWTH = 1.5  # amortised: copying costs less than two writes per token over the whole stream
 
 
+def full_cache_message(max_frames: int) -> str:
+    """Say that a causal stream has reached its limit, and what to do."""
+    return (
+        f'the causal cache is full: it holds {max_frames} frames (session.max_frames); raise the '
+        'limit, reset the session, or use a bounded mode such as window'
+    )
+
+
 class DenseCache(SlotCache):
     """Keep all frames in storage that grows in steps, or is given at once by ``max_frames``.
 
@@ -36,11 +44,7 @@ class DenseCache(SlotCache):
         if slots * self._slot_tokens <= old.shape[3]:
             return
         if self.max_frames:
-            raise CacheError(
-                f'the causal cache is full: it holds {self.max_frames} frames '
-                '(session.max_frames); raise the limit, reset the session, or use a bounded '
-                'mode such as window'
-            )
+            raise CacheError(full_cache_message(self.max_frames))
         self._storage[layer] = self._grown(old, int(slots * GROWTH) + 1)
 
     def _grown(self, old: Tensor, slots: int) -> Tensor:

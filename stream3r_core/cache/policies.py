@@ -5,6 +5,7 @@ import dataclasses
 from stream3r_core.cache.base import KVCache
 from stream3r_core.cache.camera import CameraCache
 from stream3r_core.cache.dense import DenseCache
+from stream3r_core.cache.offload import OffloadedCache
 from stream3r_core.cache.shared import SharedIterationsCache
 from stream3r_core.cache.stac import StacCache
 from stream3r_core.cache.window import WindowCache
@@ -35,7 +36,12 @@ def make_caches(
     shared = session.camera_cache == 'shared'
     layers, updates = (trunk, iterations) if shared else (iterations * trunk, 1)
     if cache is None:
-        aggregator = _whole_frames(session, sizes.depth)
+        offloads = session.mode == 'causal' and session.device_frames
+        aggregator = (
+            OffloadedCache(sizes.depth, session.device_frames, session.max_frames)
+            if offloads
+            else _whole_frames(session, sizes.depth)
+        )
         camera = _whole_frames(session, layers, updates)
     else:
         camera = _camera_cache(model, cache, layers, updates)
