@@ -5,13 +5,13 @@ A command is a module with ``add_arguments(parser)`` and ``run(args) -> int``. W
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from typing import NamedTuple
 
 from stream3r_core.errors import Stream3rError
+from stream3r_ros.environment import prepare_environment
 
 
 class Command(NamedTuple):
@@ -36,11 +36,10 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; known errors end as one line on stderr and exit code 1."""
-    # Before torch is loaded: beside other processes its threads otherwise burn time in waiting.
-    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
     argv = list(sys.argv[1:] if argv is None else argv)
     argv, ros_args = _split_ros_args(argv)
     try:
+        prepare_environment()  # before a command loads torch and ROS, which read it
         args = parse(argv)
         if ros_args and not COMMANDS[args.command].takes_ros_args:
             raise Stream3rError(f'{args.command} starts no ROS node: it takes no --ros-args')

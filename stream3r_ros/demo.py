@@ -29,7 +29,7 @@ from stream3r_core.evaluation.trajectory import ate
 from stream3r_core.evaluation.trajectory_files import read_trajectory
 from stream3r_ros.bag import COMPRESSED_IMAGE, BagReader, BagWriter
 from stream3r_ros.config import NodeConfig
-from stream3r_ros.environment import prepare_environment, private_graph
+from stream3r_ros.environment import private_graph
 from stream3r_ros.ground_truth import bag_truth
 from stream3r_ros.observer import Observer
 from stream3r_ros.options import (
@@ -194,7 +194,6 @@ def _run_live(plan: Plan, is_interrupted: Callable[[], bool]) -> None:
     Raises :class:`Stream3rError` with the end of its log when a process fails; what was recorded
     until then stays.
     """
-    prepare_environment()
     with ExitStack() as stack:
         os.environ.update(stack.enter_context(private_graph()))
         recording = stack.enter_context(BagWriter(plan.folder / BAG))

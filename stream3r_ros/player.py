@@ -18,7 +18,6 @@ from tqdm import tqdm
 from stream3r_core.errors import DataError, InputError, Stream3rError
 from stream3r_ros.bag import COMPRESSED_IMAGE, RAW_IMAGE, BagMessage, BagReader
 from stream3r_ros.conversions import stamp_ns
-from stream3r_ros.environment import prepare_environment
 from stream3r_ros.messages import MessageFactory, rclpy_class, rclpy_messages, rosbags_messages
 from stream3r_ros.qos import Qos
 from stream3r_ros.sources import DEFAULT_RATE_HZ, Source, file_source, is_one_bag
@@ -266,7 +265,6 @@ def run(args: argparse.Namespace) -> int:
     for name in ('rate', 'frame_rate'):
         if not (value := getattr(args, name)) > 0:
             raise Stream3rError(f'--{name.replace("_", "-")} must be positive, got {value}')
-    prepare_environment()
     with ExitStack() as stack:
         if is_one_bag(args.input):
             bag = stack.enter_context(BagReader(args.input[0]))

@@ -82,16 +82,17 @@ def test_every_image_and_cloud_arrives_best_effort_between_two_processes(spawn, 
 
 
 def test_the_profile_is_set_for_fast_dds_2_and_3():
-    environ = {'HOME': '/home/someone'}
+    environ = {}
     prepare_environment(environ)
     assert {environ[name] for name in PROFILE_VARIABLES} == {str(resource('config/fastdds.xml'))}
 
 
 @pytest.mark.parametrize('name', [*PROFILE_VARIABLES, 'FASTDDS_BUILTIN_TRANSPORTS'])
 def test_a_choice_of_the_user_is_kept(name):
-    environ = {name: 'mine', 'HOME': '/home/someone'}
+    environ = {name: 'mine'}
     prepare_environment(environ)
-    assert environ == {name: 'mine', 'HOME': '/home/someone'}
+    chosen = {key: value for key, value in environ.items() if key.startswith('FAST')}
+    assert chosen == {name: 'mine'}
 
 
 def test_an_empty_value_is_replaced_instead_of_read_as_broken_xml():
