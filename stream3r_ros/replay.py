@@ -32,6 +32,7 @@ from stream3r_ros.results import BAG, MAP, TRAJECTORY, Results
 from stream3r_ros.sources import (
     DEFAULT_RATE_HZ,
     BagSource,
+    EveryKth,
     Frame,
     Source,
     are_photos,
@@ -82,6 +83,9 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
         metavar='HZ',
         help='of image files whose names are no stamps (default: %(default)g)',
     )
+    parser.add_argument(
+        '--every', type=int, default=1, metavar='K', help='take every K-th image only'
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -124,15 +128,18 @@ def open_source(
     args: argparse.Namespace, rectify: str = 'auto'
 ) -> Iterator[tuple[Source, BagReader | None]]:
     """Open what the arguments of :func:`add_input_arguments` and ``input`` name; and its bag."""
+    if args.every < 1:
+        raise ConfigError(f'--every must be at least 1 (every image), got {args.every}')
     if is_one_bag(args.input):
         with BagReader(args.input[0]) as bag:
-            yield BagSource(bag, args.image_topic, args.camera_info, rectify), bag
+            source = BagSource(bag, args.image_topic, args.camera_info, rectify)
+            yield EveryKth(source, args.every), bag
         return
     if args.image_topic or args.camera_info:
         raise ConfigError(f'--image-topic and --camera-info are for bags; {args.input[0]} is none')
     if not args.rate > 0:
         raise ConfigError(f'--rate must be positive, got {args.rate}')
-    yield file_source(args.input, args.rate), None
+    yield EveryKth(file_source(args.input, args.rate), args.every), None
 
 
 def replay(

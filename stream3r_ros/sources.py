@@ -1,5 +1,6 @@
 """Camera images from bags, videos and image files, through one protocol."""
 
+import itertools
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -44,6 +45,18 @@ class Source(Protocol):
     num_frames: int
 
     def __iter__(self) -> Iterator[Callable[[], Frame]]: ...
+
+
+class EveryKth:
+    """Every k-th image of another source, the first one included."""
+
+    def __init__(self, source: Source, k: int):
+        self._source, self._k = source, k
+        self.name = source.name
+        self.num_frames = -(-source.num_frames // k)
+
+    def __iter__(self) -> Iterator[Callable[[], Frame]]:
+        return itertools.islice(self._source, 0, None, self._k)
 
 
 class BagSource:

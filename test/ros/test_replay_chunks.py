@@ -4,9 +4,23 @@ import pytest
 from recordings import recorded, replay, stamp, write_images
 
 from stream3r_core.evaluation.trajectory_files import read_trajectory
+from stream3r_ros.cli import main
 from stream3r_ros.conversions import stamp_ns
 
 STAMPS = [stamp(index) for index in range(6)]
+
+
+def test_every_third_image_of_a_bag_is_taken(tmp_path):
+    sets = ['--set', 'model.weights=random', '--set', 'image.long_side=56']
+    summary = replay(tmp_path / 'out', write_images(tmp_path / 'bag'), *sets, '--every', '3')
+    assert (summary['images_in'], summary['images_out']) == (2, 2)
+    assert read_trajectory(tmp_path / 'out' / 'trajectory.tum').stamps_ns.tolist() == STAMPS[::3]
+
+
+def test_every_zeroth_image_is_refused(tmp_path, capsys):
+    bag = str(write_images(tmp_path / 'bag'))
+    assert main(['replay', bag, '--output', str(tmp_path / 'none'), '--every', '0']) == 1
+    assert '--every must be at least 1' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('mode, tree', [('stac', 'cache'), ('stac_paper', 'cache_paper')])
