@@ -8,6 +8,7 @@ import torch
 from stream3r_core.checkpoints import load_model
 from stream3r_core.config import CoreConfig, WeightsConfig
 from stream3r_core.errors import ConfigError
+from stream3r_core.geometry import transform_points
 from stream3r_core.image import prepare_photos
 from stream3r_core.mapping import VoxelMap
 from stream3r_core.session import StreamSession, to_prediction
@@ -27,6 +28,7 @@ class Reconstructor:
             cache=config.cache_paper if config.session.mode == 'stac_paper' else config.cache,
         )
         self.map = VoxelMap(config.mapping)
+        self._T_world_session = torch.eye(4)
 
     def process(self, image, stamp_ns: int | None = None, K=None) -> FramePrediction:
         """Track one camera image and add it to the map; return its prediction, on the CPU.
@@ -56,17 +58,38 @@ class Reconstructor:
         return self._map(self.session.flush())
 
     def _map(self, predictions: list[FramePrediction]) -> list[FramePrediction]:
-        predictions = [prediction.to('cpu') for prediction in predictions]
+        predictions = [self._in_world(prediction.to('cpu')) for prediction in predictions]
         for prediction in predictions:
             if not prediction.still:
                 self.map.integrate(prediction)
         return predictions
 
+    def _in_world(self, prediction: FramePrediction) -> FramePrediction:
+        T = self._T_world_session
+        if torch.equal(T, torch.eye(4)):
+            return prediction
+        points = prediction.world_points
+        return dataclasses.replace(
+            prediction,
+            T_world_camera=T @ prediction.T_world_camera,
+            world_points=None if points is None else transform_points(T, points),
+        )
+
     def reset(self, keep_map: bool = False) -> None:
         """Start a new session, whose first frame is the new world frame, and clear the map."""
         self.session.reset()
+        self._T_world_session = torch.eye(4)
         if not keep_map:
             self.map.clear()
+
+    def restart_at(self, T_world_camera: torch.Tensor) -> None:
+        """Start a new session whose first camera stands at a pose [4, 4] of the present world.
+
+        The map stays and grows on. The scale of the new session is its own: without a metric one
+        it need not be that of the map.
+        """
+        self.session.reset()
+        self._T_world_session = T_world_camera.float().cpu()
 
 
 def needed_outputs(config: CoreConfig) -> tuple[str, ...]:

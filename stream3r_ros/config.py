@@ -45,6 +45,23 @@ class MapOutputConfig:
 
 
 @dataclass(frozen=True)
+class MapChangesOutputConfig:
+    """The voxels that have changed, for subscribers that keep a map of their own."""
+
+    enabled: bool = option(True, 'publish this topic', live=True)
+    period_s: float = option(
+        0.5, 'seconds between two looks for changes', minimum=0.05, maximum=3600.0
+    )
+    max_points: int = option(
+        30_000,
+        'voxels per message of 32 bytes each; more changes take more messages',
+        minimum=1,
+        maximum=1_000_000,
+        live=True,
+    )
+
+
+@dataclass(frozen=True)
 class OutputsConfig:
     """What leaves the node beside TF; each topic has its own switch and rate."""
 
@@ -54,6 +71,7 @@ class OutputsConfig:
     confidence: OutputConfig = field(default_factory=OutputConfig)
     cloud: OutputConfig = field(default_factory=OutputConfig)
     map: MapOutputConfig = field(default_factory=MapOutputConfig)
+    map_changes: MapChangesOutputConfig = field(default_factory=MapChangesOutputConfig)
 
 
 @dataclass(frozen=True)
@@ -68,6 +86,40 @@ class SaveMapConfig:
     tum: bool = option(True, 'write the trajectory in the TUM format', live=True)
     max_poses: int = option(
         200_000, 'poses kept for the trajectory; beyond it the oldest are forgotten', minimum=1
+    )
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """When poses are to be doubted: state OK, DEGRADED or LOST on /diagnostics."""
+
+    min_confidence: float = option(
+        1.5,
+        'mean confidence of an image (1 = none) below which tracking is DEGRADED',
+        minimum=1.0,
+        live=True,
+    )
+    lost_confidence: float = option(
+        1.1, 'mean confidence below which an image counts as lost', minimum=1.0, live=True
+    )
+    max_parallax: float = option(
+        0.5,
+        'motion between two images, over the median depth, above which a pose has jumped',
+        minimum=0.0,
+        live=True,
+    )
+    max_turn: float = option(
+        0.8, 'rad between two images above which a pose has jumped', minimum=0.0, live=True
+    )
+    patience: int = option(
+        5, 'images in a row that make LOST, or bring tracking back', minimum=1, live=True
+    )
+    restart_after: int = option(
+        0,
+        'LOST images after which a new session goes on from the last trusted pose, in the same '
+        'map, with a scale of its own; 0 = never',
+        minimum=0,
+        live=True,
     )
 
 
@@ -140,6 +192,12 @@ class NodeConfig(CoreConfig):
         'one that is less late is dropped',
         minimum=0.0,
     )
+    max_gap_s: float = option(
+        2.0,
+        'warn of pauses between two images that are longer; 0 = never',
+        minimum=0.0,
+        live=True,
+    )
     on_failure: str = option(
         'hold',
         "after an unexpected error: 'hold' waits for ~/reset, 'exit' ends the node",
@@ -148,4 +206,5 @@ class NodeConfig(CoreConfig):
     autostart: bool = option(True, 'configure and activate without a lifecycle manager')
     outputs: OutputsConfig = field(default_factory=OutputsConfig)
     save_map: SaveMapConfig = field(default_factory=SaveMapConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     status: StatusConfig = field(default_factory=StatusConfig)

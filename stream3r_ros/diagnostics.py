@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 
+from stream3r_ros.tracking import OK, Quality
+
 RATE_WINDOW_S = 5.0
 
 
@@ -33,6 +35,10 @@ class ReconstructionFigures:
     cache_capacity_bytes: int = 0
     map_points: int = 0
     frames_without_tf: int = 0  # a transform from /tf was missing: none was broadcast
+    tracking: str = OK  # or 'DEGRADED', 'LOST'
+    quality: Quality | None = None  # of the last frame
+    gaps: int = 0  # pauses between images that were too long
+    restarts: Mapping[str, int] = field(default_factory=dict)  # reason -> new sessions
     gpu_bytes: int | None = None  # None: no GPU in use
 
 
@@ -52,7 +58,8 @@ class NodeStatus:
         """OK, WARN or ERROR of diagnostic_msgs/DiagnosticStatus."""
         if self.state == 'failed':
             return DiagnosticStatus.ERROR
-        return DiagnosticStatus.WARN if self.problem else DiagnosticStatus.OK
+        is_well = not self.problem and self.reconstruction.tracking == OK
+        return DiagnosticStatus.OK if is_well else DiagnosticStatus.WARN
 
     def sentence(self) -> str:
         """Say it in one line."""
@@ -66,6 +73,7 @@ class NodeStatus:
             parts.append(
                 f'latency {frames.latency_p50_ms:.0f} ms (p95 {frames.latency_p95_ms:.0f} ms)'
             )
+        parts.append(f'tracking {made.tracking}')
         parts.append(f'map {made.map_points} points')
         parts.append(f'cache {made.cache_tokens} tokens, {made.cache_bytes / 1e6:.1f} MB')
         if made.frames_without_tf:
@@ -93,7 +101,15 @@ class NodeStatus:
             'cache_capacity_bytes': str(made.cache_capacity_bytes),
             'map_points': str(made.map_points),
             'frames_without_tf': str(made.frames_without_tf),
+            'tracking': made.tracking,
+            'gaps': str(made.gaps),
+            'restarts': str(sum(made.restarts.values())),
+            **{f'restarts.{reason}': str(n) for reason, n in sorted(made.restarts.items())},
         }
+        if made.quality is not None:
+            values['mean_confidence'] = f'{made.quality.confidence:.2f}'
+            values['parallax'] = f'{made.quality.parallax:.4f}'
+            values['turn_rad'] = f'{made.quality.turn:.4f}'
         if made.gpu_bytes is not None:
             values['gpu_bytes'] = str(made.gpu_bytes)
         return values

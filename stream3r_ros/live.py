@@ -1,13 +1,16 @@
 """What the inference thread owns: session, map, poses, and the messages of every frame."""
 
 import logging
+from collections import Counter
 from typing import Any
 
 import numpy as np
 import torch
 
 from stream3r_core.errors import InputError
+from stream3r_core.image import prepare
 from stream3r_core.pipeline import Reconstructor
+from stream3r_core.types import FramePrediction
 from stream3r_ros.calibration import Calibrator
 from stream3r_ros.config import NodeConfig
 from stream3r_ros.conversions import image_from_message, stamp_ns
@@ -22,6 +25,7 @@ from stream3r_ros.tf import (
     carrier_frame,
     upright_map,
 )
+from stream3r_ros.tracking import OK, TrackingState
 from stream3r_ros.transforms import TransformBuffer, TransformError
 
 _log = logging.getLogger(__name__)
@@ -30,9 +34,9 @@ _log = logging.getLogger(__name__)
 class LiveReconstruction:
     """Takes image messages one by one and publishes what they add.
 
-    All methods but :meth:`publish_map` belong to one thread. ``camera_info`` may be replaced at
-    any time: its intrinsics hold for images of the same size. A stamp that jumps back starts a
-    new session.
+    All methods but those that publish the map belong to one thread. ``camera_info`` may be
+    replaced at any time: its intrinsics hold for images of the same size. A stamp that jumps back,
+    or images of another size, start a new session.
     """
 
     def __init__(
@@ -51,7 +55,14 @@ class LiveReconstruction:
         self._last_stamp_ns: int | None = None
         self._map_stamp_ns: int | None = None
         self._published_version = self._reconstructor.map.version
+        self._sent_version = -1  # of the map, on ~/map_changes
         self._is_new = True
+        self._size_hw: tuple[int, int] | None = None
+        self._tracking = TrackingState()
+        self._trusted_pose: torch.Tensor | None = None
+        self._restarts: Counter[str] = Counter()
+        self._num_gaps = 0
+        self._warn_gap = Throttled(_log.warning)
         self._warn_transform = Throttled(_log.warning)
         self._num_without_tf = 0
         self._last_warning = ''
@@ -65,7 +76,8 @@ class LiveReconstruction:
         """
         image, K = self._calibrated(image_from_message(message))
         frame = camera_frame(message.header.frame_id, config)
-        stamp = self._check_stamp(message, config)  # last: it may start a new session
+        stamp = self._check_stamp(message, config)
+        self._check_size(image, config)  # these two may start a new session: after all refusals
         if self._is_new:
             self._orient_map(frame, stamp, config)
         self._reconstructor.map.config = config.mapping
@@ -76,13 +88,31 @@ class LiveReconstruction:
             carrier = self._carrier(frame, prediction.stamp_ns, config)
             outputs = self._publishers.publish(prediction, frame, config, carrier)
             self._recorder.add(prediction.stamp_ns, outputs.T_map_camera)
+            self._track(prediction, config)
         self.figures = self._figures()
+
+    def _track(self, prediction: FramePrediction, config: NodeConfig) -> None:
+        before, options = self._tracking.state, config.tracking
+        state = self._tracking.update(prediction, options)
+        if state != before:
+            say = _log.info if state == OK else _log.warning
+            say('tracking is %s: %s', state, self._tracking.quality)
+        if state == OK:
+            self._trusted_pose = prediction.T_world_camera
+        is_hopeless = options.restart_after and self._tracking.num_lost >= options.restart_after
+        if is_hopeless and self._trusted_pose is not None:
+            _log.warning('a new session goes on from the last trusted pose; the map stays')
+            self._restarts['lost'] += 1
+            self._reconstructor.restart_at(self._trusted_pose)
+            self._tracking.reset()
 
     def restart(self) -> None:
         """Start a new session: the next image is its first frame, the map is empty."""
         self._reconstructor.reset()
         self._publishers.reset()
         self._recorder.clear()
+        self._tracking.reset()
+        self._trusted_pose = self._size_hw = None
         self._last_stamp_ns, self._is_new = None, True
         self.figures = self._figures()
 
@@ -101,6 +131,13 @@ class LiveReconstruction:
         if version != self._published_version and self._map_stamp_ns is not None:
             self._publishers.publish_map(current.points(), self._map_stamp_ns)
             self._published_version = version
+
+    def publish_map_changes(self, max_points: int) -> None:
+        """Publish what changed in the map; from any one thread."""
+        if self._map_stamp_ns is not None:
+            self._sent_version = self._publishers.publish_map_changes(
+                self._reconstructor.map, self._sent_version, self._map_stamp_ns, max_points
+            )
 
     def _orient_map(self, frame: str, stamp: int, config: NodeConfig) -> None:
         """Lay the map of a new session into space; raises InputError where /tf must say how."""
@@ -137,7 +174,10 @@ class LiveReconstruction:
             raise InputError(
                 f'the image has no stamp ({stamp} ns); does the camera driver set it?'
             )
-        if self._last_stamp_ns is None or stamp > self._last_stamp_ns:
+        if self._last_stamp_ns is None:
+            return stamp
+        if stamp > self._last_stamp_ns:
+            self._note_gap((stamp - self._last_stamp_ns) / 1e9, config)
             return stamp
         late_s = (self._last_stamp_ns - stamp) / 1e9
         if late_s == 0:
@@ -145,8 +185,27 @@ class LiveReconstruction:
         if late_s < config.backward_jump_s:
             raise InputError(f'the image is {late_s:.3f} s older than the one before')
         _log.warning('time jumped back by %.3f s: a new session starts, with an empty map', late_s)
+        self._restarts['time'] += 1
         self.restart()
         return stamp
+
+    def _note_gap(self, gap_s: float, config: NodeConfig) -> None:
+        if config.max_gap_s and gap_s > config.max_gap_s:
+            self._num_gaps += 1
+            self._warn_gap(f'no image for {gap_s:.3f} s: the poses after it may not fit')
+
+    def _check_size(self, image: np.ndarray, config: NodeConfig) -> None:
+        """Start a new session for images of another size, which the network cannot go on with."""
+        size_hw = image.shape[:2]
+        if self._size_hw is not None and size_hw != self._size_hw:
+            prepare(image, config.image, self._reconstructor.session.model.config)  # may refuse
+            _log.warning(
+                'images have %d x %d pixels now: a new session starts, with an empty map',
+                *size_hw[::-1],
+            )
+            self._restarts['image_size'] += 1
+            self.restart()
+        self._size_hw = size_hw
 
     def _calibrated(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Return the image, rectified if need be, and its intrinsics [3, 3] if known."""
@@ -175,5 +234,9 @@ class LiveReconstruction:
             cache_capacity_bytes=cache.capacity_bytes,
             map_points=self._reconstructor.map.num_points,
             frames_without_tf=self._num_without_tf,
+            tracking=self._tracking.state,
+            quality=self._tracking.quality,
+            gaps=self._num_gaps,
+            restarts=dict(self._restarts),
             gpu_bytes=torch.cuda.memory_allocated(self._device) if cuda else None,
         )

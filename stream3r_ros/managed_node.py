@@ -88,6 +88,13 @@ class Stream3rNode(LifecycleNode):
             lambda publish: publish(), self._on_map_lost, self._on_map_lost, 'background'
         )
         self._background.start()
+        self._map_changes: Worker[Callable[[], None]] = Worker(
+            lambda publish: publish(),
+            self._on_map_change_lost,
+            self._on_map_change_lost,
+            'map changes',
+        )
+        self._map_changes.start()
         self._log_handler = forward_logging(self)
         self._subscribe()
         self._listen_to_tf()
@@ -148,7 +155,9 @@ class Stream3rNode(LifecycleNode):
         status = self.config.status
         self.create_timer(status.period_s, self._publish_diagnostics, clock=wall)
         self.create_timer(status.log_period_s, self._log_status, clock=wall)
-        self.create_timer(self.config.outputs.map.period_s, self._request_map, clock=wall)
+        outputs = self.config.outputs
+        self.create_timer(outputs.map.period_s, self._request_map, clock=wall)
+        self.create_timer(outputs.map_changes.period_s, self._request_map_changes, clock=wall)
 
     # -- lifecycle ----------------------------------------------------------------------------
 
@@ -199,7 +208,11 @@ class Stream3rNode(LifecycleNode):
         """Stop both threads; return whether they ended within ``timeout_s``."""
         self._state = 'finalized'
         end = time.monotonic() + timeout_s
-        workers = [w for w in (self._background, self._inference) if w is not None]
+        workers = [
+            worker
+            for worker in (self._background, self._map_changes, self._inference)
+            if worker is not None
+        ]
         stopped = [w.stop(max(0.0, end - time.monotonic())) for w in workers]
         stop_forwarding(self._log_handler)
         return all(stopped)
@@ -266,8 +279,20 @@ class Stream3rNode(LifecycleNode):
         if self._live is not None and self.config.outputs.map.enabled:
             self._background.offer(self._live.publish_map)
 
+    def _request_map_changes(self) -> None:
+        options = self.config.outputs.map_changes
+        if self._live is not None and options.enabled:
+            self._map_changes.offer(partial(self._live.publish_map_changes, options.max_points))
+
+    def _on_map_change_lost(self, error: Exception) -> None:
+        self._map_changes.clear_failure()
+        self._report_lost_map(error)
+
     def _on_map_lost(self, error: Exception) -> None:
         self._background.clear_failure()
+        self._report_lost_map(error)
+
+    def _report_lost_map(self, error: Exception) -> None:
         if self.context.ok():
             self.get_logger().error(f'a map message was lost: {_describe(error)}')
 

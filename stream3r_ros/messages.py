@@ -13,10 +13,14 @@ import numpy as np
 import torch
 
 from stream3r_core.geometry import matrix_to_quat_xyzw
+from stream3r_core.mapping import MapChange
 from stream3r_core.mapping.cloud import pack_rgb
 
-FLOAT32 = 7  # sensor_msgs/PointField.FLOAT32
+UINT32, FLOAT32 = 6, 7  # of sensor_msgs/PointField
 POINT = np.dtype([('x', '<f4'), ('y', '<f4'), ('z', '<f4'), ('rgb', '<f4'), ('confidence', '<f4')])
+VOXEL = np.dtype(
+    [*POINT.descr, ('weight', '<f4'), ('voxel_id_low', '<u4'), ('voxel_id_high', '<u4')]
+)
 
 
 class MessageFactory:
@@ -141,21 +145,37 @@ class MessageFactory:
         Fields x, y, z, rgb and confidence of 4 bytes each; ``rgb`` is 0x00RRGGBB declared as a
         float, which is what RViz and PCL read.
         """
-        packed = np.empty(len(points_xyz), POINT)
-        packed.view('<f4').reshape(-1, 5)[:, :3] = points_xyz
-        packed['rgb'] = pack_rgb(colors_rgb)
-        packed['confidence'] = confidence
+        packed = _packed_points(POINT, points_xyz, colors_rgb, confidence)
+        return self._point_cloud(packed, stamp_ns, frame_id, is_dense=True)
+
+    def voxels(self, change: MapChange, stamp_ns: int, frame_id: str) -> Any:
+        """Return a sensor_msgs/PointCloud2 of changed voxels, those that are gone with NaN.
+
+        Fields as in :meth:`cloud`, and ``weight`` (float32, 0 = removed), ``voxel_id_low`` and
+        ``voxel_id_high`` (uint32), the halves of the voxel's number.
+        """
+        packed = _packed_points(VOXEL, change.points_xyz, change.colors_rgb, change.confidence)
+        packed['weight'] = change.weight
+        packed['voxel_id_low'] = change.voxel_ids & 0xFFFFFFFF
+        packed['voxel_id_high'] = change.voxel_ids >> 32
+        is_dense = bool((change.weight > 0).all())
+        return self._point_cloud(packed, stamp_ns, frame_id, is_dense)
+
+    def _point_cloud(
+        self, packed: np.ndarray, stamp_ns: int, frame_id: str, is_dense: bool
+    ) -> Any:
+        layout = packed.dtype
         return self.make(
             'sensor_msgs/msg/PointCloud2',
             header=self.header(stamp_ns, frame_id),
             height=1,
             width=len(packed),
-            fields=[self._point_field(name) for name in POINT.names],
+            fields=[self._point_field(layout, name) for name in layout.names],
             is_bigendian=False,
-            point_step=POINT.itemsize,
+            point_step=layout.itemsize,
             row_step=packed.nbytes,
             data=self._sequence(packed.view(np.uint8)),
-            is_dense=True,
+            is_dense=is_dense,
         )
 
     def _image(self, encoding: str, pixels: np.ndarray, stamp_ns: int, frame_id: str) -> Any:
@@ -179,14 +199,25 @@ class MessageFactory:
             self.make('geometry_msgs/msg/Quaternion', **dict(zip('xyzw', quat_xyzw))),
         )
 
-    def _point_field(self, name: str) -> Any:
+    def _point_field(self, layout: np.dtype, name: str) -> Any:
+        kind, offset = layout.fields[name]
         return self.make(
             'sensor_msgs/msg/PointField',
             name=name,
-            offset=POINT.fields[name][1],
-            datatype=FLOAT32,
+            offset=offset,
+            datatype=FLOAT32 if kind == np.float32 else UINT32,
             count=1,
         )
+
+
+def _packed_points(
+    layout: np.dtype, points_xyz: np.ndarray, colors_rgb: np.ndarray, confidence: np.ndarray
+) -> np.ndarray:
+    packed = np.empty(len(points_xyz), layout)
+    packed.view('<f4').reshape(len(packed), layout.itemsize // 4)[:, :3] = points_xyz
+    packed['rgb'] = pack_rgb(colors_rgb)
+    packed['confidence'] = confidence
+    return packed
 
 
 def rclpy_class(type_name: str) -> type:

@@ -7,19 +7,22 @@ and nowhere else.
 
 import dataclasses
 from collections import deque
+from collections.abc import Iterator
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from stream3r_core.config import MappingConfig
 from stream3r_core.geometry import unproject
-from stream3r_core.mapping import MapCloud
+from stream3r_core.mapping import MapChange, MapCloud
 from stream3r_core.mapping.filters import reliable_pixels
 from stream3r_core.types import FramePrediction
 from stream3r_ros.messages import MessageFactory
 from stream3r_ros.qos import LATCHED, Qos
 from stream3r_ros.tf import T_BODY_OPTICAL, Carrier
+
+Points = TypeVar('Points', MapCloud, MapChange)
 
 
 class Topic(NamedTuple):
@@ -38,6 +41,7 @@ TOPICS = {
     '~/cloud': Topic('sensor_msgs/msg/PointCloud2'),
     '~/path': Topic('nav_msgs/msg/Path', LATCHED),
     '~/map': Topic('sensor_msgs/msg/PointCloud2', LATCHED),
+    '~/map_changes': Topic('sensor_msgs/msg/PointCloud2', Qos(depth=50)),
 }
 
 
@@ -87,10 +91,27 @@ class Outputs:
             cloud.points_xyz, cloud.colors_rgb, cloud.confidence, stamp_ns, self.map_frame
         )
 
-    def in_map_frame(self, cloud: MapCloud) -> MapCloud:
+    def map_changes(self, change: MapChange, stamp_ns: int, max_points: int) -> Iterator[Any]:
+        """Yield changes, given in the world frame, as messages of at most ``max_points``.
+
+        An empty message goes before a complete map: forget all voxels that came earlier.
+        """
+        moved = self.in_map_frame(change)
+        if change.is_complete:
+            yield self.messages.voxels(_rows(moved, slice(0)), stamp_ns, self.map_frame)
+        for start in range(0, len(change.voxel_ids), max_points):
+            rows = slice(start, start + max_points)
+            yield self.messages.voxels(_rows(moved, rows), stamp_ns, self.map_frame)
+
+    def in_map_frame(self, cloud: Points) -> Points:
         """Move a cloud from the world frame into the map frame, for messages and files."""
         T = self.T_map_world.astype(np.float32)
         return dataclasses.replace(cloud, points_xyz=cloud.points_xyz @ T[:3, :3].T + T[:3, 3])
+
+
+def _rows(change: MapChange, rows: slice) -> MapChange:
+    columns = ('voxel_ids', 'points_xyz', 'colors_rgb', 'confidence', 'weight')
+    return dataclasses.replace(change, **{name: getattr(change, name)[rows] for name in columns})
 
 
 class FrameOutputs:

@@ -6,6 +6,7 @@ from rclpy.node import Node
 from rclpy.publisher import Publisher
 from rclpy.qos_overriding_options import QoSOverridingOptions
 
+from stream3r_core.mapping import VoxelMap
 from stream3r_core.types import FramePrediction
 from stream3r_ros.config import NodeConfig, OutputConfig
 from stream3r_ros.messages import rclpy_class, rclpy_messages
@@ -26,8 +27,8 @@ class Publishers:
     """Publishes predictions, path and map of one session after the other.
 
     Per-frame topics are built only for subscribers; TF goes out with every frame, and path and
-    map, which late subscribers get too, at their own pace. Only :meth:`publish_map` may be called
-    from another thread than the rest.
+    map, which late subscribers get too, at their own pace. Only :meth:`publish_map` and
+    :meth:`publish_map_changes` may be called from other threads than the rest.
     """
 
     def __init__(self, node: Node, config: NodeConfig):
@@ -36,6 +37,7 @@ class Publishers:
         )
         self._publishers = {name: _publisher(node, name, TOPICS[name]) for name in TOPICS}
         self._limits: dict[str, RateLimit] = {}
+        self._num_listeners = 0  # of ~/map_changes
 
     def reset(self) -> None:
         """Begin a new session: an empty path, and no memory of earlier stamps."""
@@ -71,6 +73,25 @@ class Publishers:
     def publish_map(self, cloud: Any, stamp_ns: int) -> None:
         """Send the accumulated map, a ``MapCloud`` in the world frame."""
         self._send('~/map', self.outputs.map(cloud, stamp_ns))
+
+    def publish_map_changes(
+        self, voxel_map: VoxelMap, version: int, stamp_ns: int, max_points: int
+    ) -> int:
+        """Send what changed since a version of the map, all of it for a new subscriber.
+
+        Returns the version that subscribers have now. From any one thread.
+        """
+        topic = '~/map_changes'
+        num_listeners = self._publishers[topic].get_subscription_count()
+        if num_listeners > self._num_listeners:
+            version = -1
+        self._num_listeners = num_listeners
+        if not num_listeners or voxel_map.version == version:
+            return version
+        change = voxel_map.changed_since(version)
+        for message in self.outputs.map_changes(change, stamp_ns, max_points):
+            self._send(topic, message)
+        return change.version
 
     def _is_due(self, name: str, option: OutputConfig, stamp_ns: int) -> bool:
         limit = self._limits.setdefault(name, RateLimit())

@@ -102,6 +102,22 @@ def test_reset_clears_the_map_unless_it_is_to_be_kept():
     assert pipeline.map.num_points == 0
 
 
+def test_a_restart_goes_on_from_a_pose_in_the_same_map():
+    pipeline = reconstructor(source='points')
+    images = camera_images(2)
+    first = pipeline.process(images[0])
+    points = pipeline.map.num_points
+    T = torch.tensor([[0.0, -1, 0, 3], [1, 0, 0, -2], [0, 0, 1, 50], [0, 0, 0, 1]])
+    pipeline.restart_at(T)
+    again = pipeline.process(images[0])
+    torch.testing.assert_close(again.T_world_camera, T @ first.T_world_camera)
+    moved = first.world_points @ T[:3, :3].T + T[:3, 3]
+    torch.testing.assert_close(again.world_points, moved)
+    assert pipeline.map.num_points == 2 * points  # the same points once more, far away
+    pipeline.reset()
+    assert torch.equal(pipeline.process(images[0]).T_world_camera, first.T_world_camera)
+
+
 def test_photos_of_different_sizes_are_seen_all_at_once_and_padding_stays_out_of_the_map():
     photos = [*camera_images(2), camera_images(1, height=80, width=80)[0]]
     config = CoreConfig(image=ImageConfig(fit='pad'), mapping=KEEP_ALL)

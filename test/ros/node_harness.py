@@ -5,7 +5,10 @@ from pathlib import Path
 
 import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray
+from rcl_interfaces.srv import SetParameters
+from rclpy.parameter import Parameter
 from rclpy.qos import QoSProfile, ReliabilityPolicy
+from scipy.spatial.transform import Rotation
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from std_srvs.srv import Trigger
 
@@ -29,6 +32,15 @@ def picture(seed):
 
 def stamp(index):
     return FIRST_STAMP_NS + index * PERIOD_NS
+
+
+def matrix(transform):
+    """T_parent_child [4, 4] of a geometry_msgs/Transform."""
+    q, t = transform.rotation, transform.translation
+    T = np.eye(4)
+    T[:3, :3] = Rotation.from_quat([q.x, q.y, q.z, q.w]).as_matrix()
+    T[:3, 3] = t.x, t.y, t.z
+    return T
 
 
 def one_thread():
@@ -139,6 +151,15 @@ class NodeUnderTest:
             self.info = self._observer.create_publisher(CameraInfo, '/camera_info', 10)
         self._publish_until(self.info, info, lambda: self.figure('camera_info') == 'received')
         self.info.publish(info)
+
+    def set_parameter(self, name, value):
+        """Set a parameter of the node, which must take it."""
+        client = self._observer.create_client(SetParameters, '/stream3r/set_parameters')
+        self.wait_until(client.service_is_ready)
+        given = [Parameter(name, value=value).to_parameter_msg()]
+        future = client.call_async(SetParameters.Request(parameters=given))
+        self.wait_until(future.done)
+        assert future.result().results[0].successful, future.result()
 
     def call(self, service):
         """Call ``~/service`` and return its answer."""

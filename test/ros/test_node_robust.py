@@ -4,10 +4,11 @@ import array
 
 import numpy as np
 import pytest
-from node_harness import stamp
+from node_harness import CAMERA_FRAME, matrix, picture, stamp
 
 from stream3r_core.evaluation.trajectory_files import read_trajectory
 from stream3r_core.mapping import load_ply
+from stream3r_ros.tf import T_BODY_OPTICAL
 
 pytestmark = pytest.mark.ros
 
@@ -58,7 +59,7 @@ def test_bad_images_are_counted_and_the_session_goes_on(live):
         send_bad(live, edited(live.image(index), **fields))
     send_bad(live, live.image(20, frame_id=''))
     send_bad(live, live.image(21, frame_id='map'))
-    send_bad(live, live.messages.rgb_image(np.zeros((80, 60, 3), np.uint8), stamp(23), 'camera'))
+    send_bad(live, live.messages.rgb_image(np.zeros((1, 900, 3), np.uint8), stamp(23), 'camera'))
     unstamped = live.image(22)
     unstamped.header.stamp.sec = unstamped.header.stamp.nanosec = 0
     send_bad(live, unstamped)
@@ -100,6 +101,55 @@ def test_a_looped_sequence_gives_the_same_poses_again(live):
             live.feed(index)
     first, second = live.received['/tf'][:3], live.received['/tf'][3:]
     assert first == second
+
+
+def test_images_of_another_size_start_a_new_session_and_are_counted(live):
+    live.start(**{'outputs.path.max_rate_hz': 0})
+    live.connect_camera()
+    live.feed(0, 1)
+    upright = np.ascontiguousarray(picture(0).transpose(1, 0, 2))
+    live.finish(live.messages.rgb_image(upright, stamp(2), CAMERA_FRAME))
+    live.feed(3)
+    paths = live.wait_for('~/path', 4)
+    assert [len(path.poses) for path in paths] == [1, 2, 1, 1]
+    live.wait_until(lambda: live.figure('restarts.image_size') == 2)
+    assert live.figure('restarts') == 2 and 'images have 60 x 80 pixels now' in live.log
+
+
+def test_a_long_pause_warns_and_the_session_goes_on(live):
+    live.start(**{'max_gap_s': 1.0, 'outputs.path.max_rate_hz': 0})
+    live.connect_camera()
+    live.feed(0, 1, 91)
+    live.wait_until(lambda: live.figure('gaps') == 1)
+    assert 'no image for 3.000 s' in live.log
+    assert len(live.wait_for('~/path', 3)[-1].poses) == 3
+
+
+def test_lost_tracking_goes_on_from_the_last_trusted_pose_in_the_same_map(live):
+    live.start(
+        **{
+            'tracking.max_parallax': 100.0,
+            'tracking.max_turn': 4.0,
+            'tracking.min_confidence': 1.0,
+            'tracking.lost_confidence': 1.0,
+            'tracking.patience': 1,
+            'tracking.restart_after': 1,
+            'outputs.path.max_rate_hz': 0,
+        }
+    )
+    live.connect_camera()
+    live.feed(0, 1)
+    live.set_parameter('tracking.lost_confidence', 1e6)
+    live.feed(2)
+    live.wait_until(lambda: live.figure('restarts.lost') == 1)
+    live.set_parameter('tracking.lost_confidence', 1.0)
+    points = live.figure('map_points')
+    live.finish(live.image(3, seed=0))
+    poses = [matrix(message.transforms[0].transform) for message in live.received['/tf']]
+    first, trusted, again = (np.linalg.inv(T_BODY_OPTICAL) @ poses[i] for i in (0, 1, 3))
+    np.testing.assert_allclose(again, trusted @ first, atol=1e-5)  # the first picture once more
+    assert len(live.wait_for('~/path', 4)[-1].poses) == 4
+    live.wait_until(lambda: live.figure('map_points') > points > 0)
 
 
 def test_reset_starts_a_new_session(live):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from node_harness import CAMERA_FRAME, HEIGHT, SMALL, WIDTH, picture, stamp
 from rclpy.qos import ReliabilityPolicy
+from test_outputs import apply, points_of
 
 from stream3r_core.checkpoints import load_model
 from stream3r_core.config import from_dict
@@ -184,6 +185,27 @@ def test_a_rate_limit_counts_in_the_time_of_the_images(live):
     live.wait_until(lambda: live.figure('images_processed') == 7)
     clouds = live.wait_for('~/cloud', 3)
     assert stamps(clouds) == [stamp(0), stamp(3), stamp(6)]
+
+
+def test_changes_of_the_map_add_up_to_it_for_early_and_late_subscribers(live, node):
+    live.start(**{'outputs.map.period_s': 0.1, 'outputs.map_changes.period_s': 0.1})
+    live.connect_camera()
+    live.feed(0, 1, 2)
+    late = []
+    topic = TOPICS['~/map_changes']
+    node.create_subscription(
+        rclpy_class(topic.type), '/stream3r/map_changes', late.append, topic.qos.for_rclpy()
+    )
+
+    def is_whole(changes):
+        full = live.received['~/map']
+        points = np.array(list(apply({}, changes).values()))
+        return full and full[-1].width == len(points) > 0 and same(points, points_of(full[-1]))
+
+    def same(a, b):
+        return np.array_equal(np.sort(a, 0), np.sort(b, 0))
+
+    live.wait_until(lambda: is_whole(live.received['~/map_changes']) and is_whole(late))
 
 
 def test_late_subscribers_get_the_map_and_the_path(live, node):

@@ -2,9 +2,8 @@
 
 import numpy as np
 import pytest
-from node_harness import CAMERA_FRAME, picture, stamp
+from node_harness import CAMERA_FRAME, matrix, picture, stamp
 from rclpy.qos import QoSProfile
-from scipy.spatial.transform import Rotation
 from test_node_streams import offline
 from test_transforms import moving, pose
 from tf2_msgs.msg import TFMessage
@@ -33,13 +32,6 @@ def broadcast(live, node):
         publisher.publish(live.messages.tf([live.messages.transform(T, at_ns, parent, child)]))
 
     return send
-
-
-def matrix(transform):
-    q, t = transform.rotation, transform.translation
-    T = pose(t.x, t.y, t.z)
-    T[:3, :3] = Rotation.from_quat([q.x, q.y, q.z, q.w]).as_matrix()
-    return T
 
 
 def from_map(live):

@@ -174,6 +174,52 @@ def test_the_path_keeps_the_latest_poses_with_their_own_stamps(messages):
     assert not outputs.path(0).poses
 
 
+VOXEL = np.dtype(
+    [(name, '<f4') for name in ('x', 'y', 'z', 'rgb', 'confidence', 'weight')]
+    + [('low', '<u4'), ('high', '<u4')]
+)
+
+
+def apply(voxels, changes):
+    """Keep a map as a subscriber of ~/map_changes does: voxel id -> point."""
+    for message in changes:
+        assert [field.offset for field in message.fields] == list(range(0, 32, 4))
+        rows = np.frombuffer(message.data, VOXEL)
+        assert len(rows) == message.width
+        if not len(rows):
+            voxels.clear()
+        for row in rows:
+            number = int(row['high']) << 32 | int(row['low'])
+            if row['weight'] > 0:
+                voxels[number] = (row['x'], row['y'], row['z'])
+            else:
+                voxels.pop(number, None)
+    return voxels
+
+
+def test_changes_add_up_to_the_map_whatever_is_removed(outputs):
+    config = MappingConfig(
+        voxel_size=0.1, max_points=800, min_confidence=1.0, confidence_quantile=0.0
+    )
+    voxel_map, version, voxels, num_gone = VoxelMap(config), -1, {}, 0
+    for prediction in true_predictions():
+        voxel_map.integrate(prediction)
+        change = voxel_map.changed_since(version)
+        messages = list(outputs.map_changes(change, 7, max_points=500))
+        assert max(message.width for message in messages) <= 500
+        num_gone += sum((np.frombuffer(m.data, VOXEL)['weight'] == 0).sum() for m in messages)
+        assert all(m.is_dense or (change.weight == 0).any() for m in messages)
+        apply(voxels, messages)
+        version = change.version
+        expected = points_of(outputs.map(voxel_map.points(), 7))
+        np.testing.assert_array_equal(
+            np.sort(np.array(list(voxels.values())), 0), np.sort(expected, 0)
+        )
+    assert num_gone > 100
+    voxel_map.clear()
+    assert apply(voxels, outputs.map_changes(voxel_map.changed_since(version), 8, 500)) == {}
+
+
 def test_another_map_frame_moves_everything_alike(messages):
     T_map_world = np.eye(4)
     T_map_world[:3, 3] = [10, 20, 30]
