@@ -15,8 +15,8 @@ G, D = 3, 4
 RULE = MergeRule(buffer_size=4, num_pivots=2, absorb_threshold=0.8, drop_gate=0.5)
 
 
-def make_pool(num_tokens=400, num_voxels=40, carry=30, rule=RULE):
-    return TokenPool(G, num_tokens, num_voxels, D, rule, carry, torch.float32, CPU)
+def make_pool(num_tokens=400, num_voxels=40, carry=30, rule=RULE, device=CPU):
+    return TokenPool(G, num_tokens, num_voxels, D, rule, carry, torch.float32, device)
 
 
 def random_drop(generator, n, span=2, spread=0.3, offset=0):
@@ -158,19 +158,20 @@ def test_a_row_without_room_goes_in_the_full_group_only():
     assert int(pool.books.evicted) == 1
 
 
-def filled_pool():
-    pool = make_pool(num_tokens=300, num_voxels=60)
+def filled_pool(device=CPU):
+    pool = make_pool(num_tokens=300, num_voxels=60, device=device)
     generator = torch.Generator().manual_seed(4)
     for _ in range(5):
-        pool.insert(random_drop(generator, 60))
+        pool.insert(Dropped(*(x.to(device) for x in random_drop(generator, 60))))
     return pool
 
 
 def assert_same_pool(a, b):
     stores = ('k', 'v', 'weight', 'score_sum', 'count', 'owner')
     for name in stores:  # without the slot for what is dropped
-        torch.testing.assert_close(getattr(a, name)[:, :-1], getattr(b, name)[:, :-1])
-    assert torch.equal(a.table, b.table) and torch.equal(a.voxels.keys, b.voxels.keys)
+        torch.testing.assert_close(getattr(a, name)[:, :-1], getattr(b, name)[:, :-1].to(CPU))
+    assert torch.equal(a.table, b.table.to(CPU))
+    assert torch.equal(a.voxels.keys, b.voxels.keys.to(CPU))
     assert [int(x) for x in a.books] == [int(x) for x in b.books]
 
 
@@ -228,6 +229,24 @@ def test_upper_bounds_on_shapes_as_a_gpu_uses_them_give_the_same_pool(monkeypatc
     monkeypatch.setattr(merge, 'counted_on_host', lambda device: False)
     got = filled_pool()
     assert_same_pool(expected, got)
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same_pool_without_ever_making_the_host_wait():
+    filled_pool('cuda')  # compiles and allocates
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        pool = make_pool(num_tokens=300, num_voxels=60, device='cuda')
+        generator = torch.Generator().manual_seed(4)
+        drops = [random_drop(generator, 60) for _ in range(5)]
+        torch.cuda.set_sync_debug_mode('default')
+        drops = [Dropped(*(x.cuda() for x in drop)) for drop in drops]
+        torch.cuda.set_sync_debug_mode('error')
+        for drop in drops:
+            pool.insert(drop)
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+    assert_same_pool(filled_pool(), pool)
 
 
 def test_clear_forgets_everything_and_keeps_the_storage():

@@ -1,5 +1,6 @@
 """The bounded cache in a session, on both golden networks: against other modes and an oracle."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -298,6 +299,21 @@ def test_unknown_policies_and_mixed_up_profiles_are_refused():
         StreamSession(golden_network('stream3r'), 'stack')
     with pytest.raises(ConfigError, match='PublishedCacheConfig'):
         spatial('stream3r', SMALL, 'stac_paper')
+
+
+# ---- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('config', [PLAIN, SMALL, PAPER])
+def test_a_gpu_streams_what_the_cpu_streams(config):
+    frames = many(SIZES[0], 24)
+    mode = 'stac_paper' if config is PAPER else 'stac'
+    expected = stream(spatial('stream3r', config, mode), frames)
+    network = copy.deepcopy(golden_network('stream3r')).cuda()
+    session = StreamSession(network, mode, cache=config)
+    got = {name: value.cpu() for name, value in stream(session, frames.cuda()).items()}
+    assert_same(got, expected)
 
 
 # ---- the cheaper score
