@@ -194,7 +194,7 @@ class BagFrames:
                 stamp = stamp_ns(message)
                 depth = depths.at(stamp) if depths else None
                 yield Frame(
-                    f'image at {stamp} ns',
+                    f'{stamp} ns',
                     stamp,
                     load_image=partial(image_from_message, message),
                     K=self._K,

@@ -12,7 +12,7 @@ from stream3r_core.files import atomic_write
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem;
        color: #1b1b1b; background: #fff; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2rem; } h3 { font-size: 1rem; }
 table { border-collapse: collapse; margin: .5rem 0; }
 th, td { text-align: left; padding: .2rem .9rem .2rem 0; border-bottom: 1px solid #ddd; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; }
@@ -91,8 +91,10 @@ def _group(report: Report, group: str) -> str:
     skipped = [s.reason for s in report.skipped if s.group == group]
     parts = [f'<h2>{group.capitalize()}</h2>']
     parts += [f'<p class="skipped">Skipped: {escape(reason)}</p>' for reason in skipped]
-    if metrics:
-        parts.append(_metric_table(metrics))
+    for truth in dict.fromkeys(m.truth for m in metrics):
+        if truth:
+            parts.append(f'<h3>against {escape(truth)}</h3>')
+        parts.append(_metric_table([m for m in metrics if m.truth == truth]))
     return ''.join(parts)
 
 

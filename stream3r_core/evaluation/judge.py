@@ -1,5 +1,8 @@
 """From collected results to metrics in a report: trajectory, depth, map, speed."""
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 
 from stream3r_core.errors import DataError
@@ -9,7 +12,6 @@ from stream3r_core.evaluation.frame_log import FrameLog
 from stream3r_core.evaluation.reconstruction import ICP_VARIANTS, MapErrors, map_errors
 from stream3r_core.evaluation.report import Report
 from stream3r_core.evaluation.trajectory import (
-    Drift,
     Trajectory,
     TrajectoryError,
     ate,
@@ -33,46 +35,41 @@ def judge_trajectory(
 
     ``against`` names the truth where there are several.
     """
-    names = {a: f'{name}, {against}' if against else name for a, name in ALIGNMENT_NAMES.items()}
     tolerance_ns = round(config.association_ms * 1e6)
+    add = partial(report.add, 'trajectory', truth=against)
     errors: dict[str, TrajectoryError] = {}
     with report.skipping('trajectory'):
         if truth is None:
             raise DataError(
                 'no true trajectory was found; give one (TUM, KITTI or EuRoC file, or a topic)'
             )
-        for alignment in ALIGNMENT_NAMES:
+        for alignment, name in ALIGNMENT_NAMES.items():
             errors[alignment] = ate(truth, estimate, alignment, tolerance_ns)
-            _add_ate(report, errors[alignment], names[alignment])
+            _add_ate(add, errors[alignment], name)
             for relation in ('translation', 'rotation'):
-                error = rpe(truth, estimate, relation, alignment, 1, 'frames', tolerance_ns)
-                name = f'RPE {relation} RMSE, 1 frame'
-                report.add('trajectory', name, error.rmse, error.unit, ALIGNMENT_NAMES[alignment])
+                error = rpe(truth, estimate, relation, alignment, tolerance_ns=tolerance_ns)
+                add(f'RPE {relation} RMSE, 1 frame', error.rmse, error.unit, name)
         auc = relative_pose_auc(truth, estimate, tolerance_ns=tolerance_ns)
         for threshold, value in auc.items():
-            report.add('trajectory', f'relative pose AUC@{threshold}', value, '', against)
+            add(f'relative pose AUC@{threshold}', value, '')
     for alignment in errors:
         with report.skipping('trajectory'):
             segment_m = config.drift_segment_m or None
             result = drift(truth, estimate, alignment, segment_m, tolerance_ns)
-            _add_drift(report, result, names[alignment])
+            name, over = ALIGNMENT_NAMES[alignment], f'over {result.segment_m:.3g} m'
+            add(f'drift {over}', 100 * result.translation_m_per_m, '%', name)
+            add(f'turn {over}', result.rotation_deg_per_m, 'deg/m', name)
     return errors
 
 
-def _add_ate(report: Report, error: TrajectoryError, alignment: str) -> None:
+def _add_ate(add: Callable[..., None], error: TrajectoryError, alignment: str) -> None:
     for name in ('rmse', 'mean', 'median', 'max'):
         label = f'ATE {name.upper() if name == "rmse" else name}'
-        report.add('trajectory', label, error.statistics[name], 'm', alignment)
-    report.add('trajectory', 'recovered scale', error.scale, '', alignment)
-    report.add('trajectory', 'associated poses', len(error.truth), 'poses', alignment)
-    report.add('trajectory', 'true path length', error.truth.path_length_m, 'm', alignment)
-
-
-def _add_drift(report: Report, result: Drift, alignment: str) -> None:
-    over = f'over {result.segment_m:.3g} m'
-    percent = 100 * result.translation_m_per_m
-    report.add('trajectory', f'drift {over}', percent, '%', alignment)
-    report.add('trajectory', f'turn {over}', result.rotation_deg_per_m, 'deg/m', alignment)
+        add(label, error.statistics[name], 'm', alignment)
+    if error.alignment == 'sim3':
+        add('recovered scale', error.scale, '', alignment)
+        add('associated poses', len(error.truth), 'poses')
+        add('true path length', error.truth.path_length_m, 'm')
 
 
 def judge_depth(

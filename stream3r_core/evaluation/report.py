@@ -22,6 +22,7 @@ class Metric:
     value: float
     unit: str  # '' = none
     alignment: str = ''  # how the estimate was brought to the truth before
+    truth: str = ''  # which of several truths; '' = the only one
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,16 @@ class Report:
     skipped: list[Skipped] = field(default_factory=list)
     interrupted: bool = False
 
-    def add(self, group: str, name: str, value: float, unit: str, alignment: str = '') -> None:
+    def add(
+        self, group: str, name: str, value: float, unit: str, alignment: str = '', truth: str = ''
+    ) -> None:
         """Add one metric."""
-        self.metrics.append(Metric(group, name, float(value), unit, alignment))
+        self.metrics.append(Metric(group, name, float(value), unit, alignment, truth))
 
-    def value(self, name: str, alignment: str = '') -> float | None:
+    def value(self, name: str, alignment: str = '', truth: str = '') -> float | None:
         """Value of a metric, None where it was skipped."""
-        found = (m for m in self.metrics if (m.name, m.alignment) == (name, alignment))
+        wanted = name, alignment, truth
+        found = (m for m in self.metrics if (m.name, m.alignment, m.truth) == wanted)
         return next((m.value for m in found), None)
 
     @contextmanager
