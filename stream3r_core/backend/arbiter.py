@@ -21,6 +21,7 @@ from itertools import islice
 
 import numpy as np
 
+from stream3r_core.backend import sim3
 from stream3r_core.backend.config import GraphConfig, LoopConfig
 from stream3r_core.backend.pose_graph import Edge, PoseGraph, moved_edges
 from stream3r_core.errors import InputError
@@ -50,7 +51,11 @@ class LoopArbiter:
             raise InputError(f'a loop needs two submaps, got {i} twice')
         if not (np.isfinite(S_i_j).all() and np.isfinite(covariance).all()):
             raise InputError(f'the loop between submaps {i} and {j} is not finite; leave it out')
-        edge = Edge('loop', (i, j), np.array(S_i_j, float), np.array(covariance, float))
+        S_i_j, covariance = np.array(S_i_j, float), np.array(covariance, float)
+        if i > j:
+            A = sim3.adjoint(S_i_j)
+            i, j, S_i_j, covariance = j, i, sim3.inverse(S_i_j), A @ covariance @ A.T
+        edge = Edge('loop', (i, j), S_i_j, covariance)
         self._proposed.append(edge)
         return edge
 
@@ -63,7 +68,7 @@ class LoopArbiter:
         if not (graph.has_news or self._proposed or not graph.is_settled):
             return False
         moves = graph.moves_on_step
-        entering = self._likely(self._supported())
+        entering = [edge for edge in self._supported() if self._is_likely(edge)]
         if not (moves or entering):
             graph.step()
             return False
@@ -79,11 +84,14 @@ class LoopArbiter:
     def _supported(self) -> list[Edge]:
         """Proposed loops, and waiting ones, that neighbours agree with."""
         proposed, self._proposed = self._proposed, []
+        reach, needed = self.loop_config.neighbours, self.loop_config.min_support
         supported = []
         for edge in proposed:
-            others = (*supported, *reversed(self.waiting), *self.graph.loops, *self.doubted)
-            friends = list(islice(self._friends(edge, others), self.loop_config.min_support))
-            if len(friends) < self.loop_config.min_support:
+            inside = self.graph.loops_at(range(edge.keys[1] - reach, edge.keys[1] + reach + 1))
+            others = (*reversed(inside), *supported, *reversed(self.waiting), *self.doubted)
+            friends = list(islice(self._friends(edge, others), needed))
+            edge.has_proved_friend = any(f in inside and not f.on_trial for f in friends)
+            if len(friends) < needed:
                 self.waiting.append(edge)
                 continue
             supported.append(edge)
@@ -95,23 +103,23 @@ class LoopArbiter:
 
     def _friends(self, edge: Edge, others: Iterable[Edge]) -> Iterator[Edge]:
         """Loops between nearby submaps that agree with this one."""
-        reach = self.loop_config.neighbours
+        reach, (i, j) = self.loop_config.neighbours, edge.keys
         for other in others:
-            is_near = all(abs(a - b) <= reach for a, b in zip(edge.keys, other.keys))
+            k, m = other.keys
+            is_near = abs(i - k) <= reach and abs(j - m) <= reach
             if is_near and other is not edge and self.graph.disagreement(edge, other) <= LIKELY:
                 yield other
 
-    def _likely(self, loops: list[Edge]) -> list[Edge]:
-        """Those loops that gathered drift explains; the others are doubted."""
-        likely = []
-        for edge, tension in zip(loops, self.graph.tensions(loops)):
-            if tension > LIKELY and self.graph.has_news:
-                self.graph.step()  # marginal covariances are of what iSAM2 knows
-            if tension <= LIKELY or self.graph.distance(edge) <= self._limit:
-                likely.append(edge)
-            else:
-                self.doubted.append(edge)
-        return likely
+    def _is_likely(self, edge: Edge) -> bool:
+        """Whether gathered drift explains a loop, or one that is proved; otherwise doubt it."""
+        if edge.has_proved_friend or self.graph.tensions([edge])[0] <= LIKELY:
+            return True
+        if self.graph.has_news:
+            self.graph.step()  # marginal covariances are of what iSAM2 knows
+        if self.graph.distance(edge) <= self._limit:
+            return True
+        self.doubted.append(edge)
+        return False
 
     def _enter(self, loops: list[Edge]) -> None:
         for edge in loops:

@@ -31,6 +31,7 @@ class Edge:
     measurement: np.ndarray
     covariance: np.ndarray
     on_trial: bool = True  # a loop that is new in the graph: without kernel, so that it can pull
+    has_proved_friend: bool = False  # a loop in the graph that has stood its trial agrees
     times_off: int = 0  # that a loop was in the graph and taken out again
     slot: int | None = None  # of the factor in iSAM2
 
@@ -53,6 +54,7 @@ class PoseGraph:
         self._unknown: set[int] = set()  # submaps that iSAM2 has not heard of
         self._is_stale = False  # iSAM2 knows better
         self._odometry: dict[int, Edge] = {}  # by the submap that it appended
+        self._loops: dict[int, list[Edge]] = {}  # in the graph, by their last end
         self.is_settled = True  # another step would change nothing of note
         self._isam = self._empty()
 
@@ -80,7 +82,11 @@ class PoseGraph:
     @property
     def loops(self) -> list[Edge]:
         """Loops in the graph."""
-        return [edge for edge in self.edges if edge.kind == 'loop']
+        return [edge for loops in self._loops.values() for edge in loops]
+
+    def loops_at(self, keys: Iterable[int]) -> list[Edge]:
+        """Loops in the graph whose last end is one of these submaps."""
+        return [edge for key in keys for edge in self._loops.get(key, ())]
 
     @property
     def has_news(self) -> bool:
@@ -173,7 +179,8 @@ class PoseGraph:
         changed = [edge for edge in self._changed if edge not in gone]
         without = {*gone, *changed}
         slots = [edge.slot for edge in without]
-        self.edges = [edge for edge in self.edges if edge not in without]
+        if without:
+            self.edges = [edge for edge in self.edges if edge not in without]
         edges = [*self._new, *changed, *loops]
         self._new, self._changed = [], []
         graph, values = self._gtsam.NonlinearFactorGraph(), self._gtsam.Values()
@@ -186,9 +193,18 @@ class PoseGraph:
         for edge, slot in zip(edges, result.getNewFactorsIndices()):
             edge.slot = slot
         self.edges.extend(edges)
+        self._list_loops(edges, gone)
         delta = self._isam.getDelta().vector()  # since the point of linearisation
         self.is_settled = bool(np.abs(delta).max(initial=0) <= self.config.relinearise)
         self._is_stale = True
+
+    def _list_loops(self, added: list[Edge], gone: set[Edge]) -> None:
+        for edge in gone:
+            if edge.kind == 'loop':
+                self._loops[edge.keys[1]].remove(edge)
+        for edge in added:
+            if edge.kind == 'loop' and edge not in self._loops.setdefault(edge.keys[1], []):
+                self._loops[edge.keys[1]].append(edge)
 
     def poses(self) -> dict[int, np.ndarray]:
         """``S_map_submap`` of all submaps after the last step; not to be written to."""
@@ -282,7 +298,7 @@ class PoseGraph:
         self._is_stale = False
         self._odometry = {e.keys[1]: e for e in (*edges, *self._new) if e.kind == 'odometry'}
         self._new, self.edges = [*edges, *self._new], []
-        self._changed = []
+        self._changed, self._loops = [], {}
         self._isam = self._empty()
         self._unknown = set(self._poses)
         if self._poses:

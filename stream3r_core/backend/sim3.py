@@ -25,7 +25,7 @@ def from_parts(scale, R: np.ndarray, t: np.ndarray) -> np.ndarray:
 
 def scale_of(S: np.ndarray) -> np.ndarray:
     """Scales [...]."""
-    return np.cbrt(np.linalg.det(S[..., :3, :3]))
+    return np.sqrt(np.square(S[..., 0, :3]).sum(-1))
 
 
 def rotation_of(S: np.ndarray) -> np.ndarray:
@@ -43,8 +43,11 @@ def rigid_of(S: np.ndarray) -> np.ndarray:
 
 def inverse(S: np.ndarray) -> np.ndarray:
     """Inverses [..., 4, 4]."""
-    M = np.swapaxes(S[..., :3, :3], -1, -2) / np.square(scale_of(S))[..., None, None]
-    return from_parts(1.0, M, -(M @ S[..., :3, 3:])[..., 0])
+    M = np.swapaxes(S[..., :3, :3], -1, -2) / np.square(S[..., 0, :3]).sum(-1)[..., None, None]
+    inverted = np.zeros(S.shape)
+    inverted[..., :3, :3], inverted[..., 3, 3] = M, 1
+    inverted[..., :3, 3:] = -M @ S[..., :3, 3:]
+    return inverted
 
 
 def act(S_a_b: np.ndarray, points_b: np.ndarray) -> np.ndarray:
@@ -55,10 +58,9 @@ def act(S_a_b: np.ndarray, points_b: np.ndarray) -> np.ndarray:
 
 def hat(v: np.ndarray) -> np.ndarray:
     """Skew matrices [..., 3, 3] with ``hat(v) @ w = cross(v, w)``."""
-    zero = np.zeros(v.shape[:-1])
-    x, y, z = np.moveaxis(v, -1, 0)
-    rows = [np.stack(row, -1) for row in ((zero, -z, y), (z, zero, -x), (-y, x, zero))]
-    return np.stack(rows, -2)
+    matrix = np.zeros((*v.shape[:-1], 3, 3))
+    matrix[..., 2, 1], matrix[..., 0, 2], matrix[..., 1, 0] = np.moveaxis(v, -1, 0)
+    return matrix - np.swapaxes(matrix, -1, -2)
 
 
 def adjoint(S: np.ndarray) -> np.ndarray:
@@ -81,7 +83,16 @@ def rotation_exp(rotvec: np.ndarray) -> np.ndarray:
 
 def rotation_log(R: np.ndarray) -> np.ndarray:
     """Rotation vectors [..., 3], at most pi long, of rotations [..., 3, 3]."""
-    return Rotation.from_matrix(np.reshape(R, (-1, 3, 3))).as_rotvec().reshape(R.shape[:-1])
+    skew = (R - np.swapaxes(R, -1, -2)) / 2
+    v = np.stack([skew[..., 2, 1], skew[..., 0, 2], skew[..., 1, 0]], -1)  # axis times sine
+    sine = np.sqrt(np.square(v).sum(-1))
+    cosine = (np.trace(R, axis1=-2, axis2=-1) - 1) / 2
+    stretch = np.where(sine > _TINY, np.arctan2(sine, cosine) / np.maximum(sine, _TINY), 1)
+    rotvec = v * stretch[..., None]
+    near_pi = cosine < -0.99  # where the axis vanishes in the skew part
+    if near_pi.any():
+        rotvec[near_pi] = Rotation.from_matrix(R[near_pi]).as_rotvec()
+    return rotvec
 
 
 def exp(xi: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ EXACT = Disturbance(0, 0, 0, 0, 0, unit=0.3, pair=0)
 @pytest.fixture(scope='module')
 def laps():
     """Three times round a block, with a back end."""
-    walk = make_walk('laps', 0)
+    walk = make_walk('laps', 0, size_m=0.8)
     front_end = SimulatedFrontEnd(walk, 0, session_frames=FRAMES)
     backend = make_backend(front_end)
     updates = feed(backend, front_end)
@@ -38,7 +38,7 @@ def test_loops_take_out_most_of_the_drift(laps):
 
 
 def test_an_exact_front_end_gives_the_exact_path_whatever_the_units_of_its_sessions():
-    walk = make_walk('laps', 3)
+    walk = make_walk('laps', 3, size_m=0.5)
     front_end = SimulatedFrontEnd(walk, 3, EXACT, session_frames=FRAMES)
     backend = make_backend(front_end)
     feed(backend, front_end, [range(0, 24), range(21, 45), range(42, 60)])
@@ -50,7 +50,7 @@ def test_an_exact_front_end_gives_the_exact_path_whatever_the_units_of_its_sessi
 
 @pytest.mark.parametrize('kind', ['corridor', 'spiral'])
 def test_without_loops_the_path_is_that_of_the_front_end(kind):
-    walk = make_walk(kind, 1)
+    walk = make_walk(kind, 1, size_m=0.4)
     front_end = SimulatedFrontEnd(walk, 1, session_frames=FRAMES)
     backend = make_backend(front_end)
     updates = feed(backend, front_end)
@@ -173,21 +173,21 @@ def test_an_endless_corridor_stays_within_every_budget():
 
 
 def test_a_loop_closes_after_the_submaps_in_between_were_folded():
-    limits = replace(CONFIG.submaps, max_submaps=8)
-    walk = make_walk('laps', 7)
+    limits = replace(CONFIG.submaps, max_submaps=6)
+    walk = make_walk('laps', 7, size_m=0.7)
     front_end = SimulatedFrontEnd(walk, 7, session_frames=FRAMES)
     backend = make_backend(front_end, replace(CONFIG, submaps=limits))
     updates = feed(backend, front_end)
     backend.settle()
-    assert len(backend.atlas.submaps) <= 9
+    assert len(backend.atlas.submaps) <= 7
     assert sum(len(update.loops) for update in updates) > 5
     errors = [ate(backend.trajectory(c)[2], walk.T_world_camera) for c in (True, False)]
     assert errors[0] < 0.8 * errors[1]
 
 
 def test_consumers_that_follow_the_changes_hold_the_same_map():
-    limits = replace(CONFIG.submaps, max_submaps=6)
-    walk = make_walk('laps', 8)
+    limits = replace(CONFIG.submaps, max_submaps=4)
+    walk = make_walk('laps', 8, size_m=0.5)
     front_end = SimulatedFrontEnd(walk, 8, session_frames=FRAMES)
     backend = make_backend(front_end, replace(CONFIG, submaps=limits))
     held, version = {}, -1

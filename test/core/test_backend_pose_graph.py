@@ -104,7 +104,7 @@ def test_folding_submaps_keeps_the_map_and_its_loops():
     assert sorted(graph.keys) == [k for k in range(30) if k not in (1, 11, 13, 29)]
     assert [e.keys for e in graph.loops] == [(0, 28)]
     for key in graph.keys:
-        np.testing.assert_allclose(graph.pose(key), before[key], atol=0.05)
+        np.testing.assert_allclose(graph.pose(key), before[key], atol=0.1)
 
 
 def test_a_graph_set_up_from_its_measurements_goes_on_alike():
