@@ -200,7 +200,7 @@ class StacCache(KVCache):
             return
         self.voxel_size.freeze()
         slots = [in_slots[f] for f in leaving]
-        keys = self.voxel_size.keys(self.place[slots].flatten(0, 1))
+        keys = self.voxel_size.keys(torch.cat([self.place[s] for s in slots]))
         dropped = self.working.evict(leaving, keys)
         if dropped is None:
             return
@@ -208,7 +208,7 @@ class StacCache(KVCache):
             self.pool = with_room_for(self.pool, dropped)
         self.pool.insert(dropped)
         self._pool_is_empty = False
-        sureness = self.sureness[slots].flatten()
+        sureness = torch.cat([self.sureness[s] for s in slots])
         sureness = sureness / sureness.mean().clamp_min(1e-6)
         voxel_value.observe(self.pool.value, self.pool.voxels.lookup(keys), sureness)
 
@@ -230,7 +230,7 @@ class StacCache(KVCache):
         """Return which voxels lie around what the recent frames see."""
         first_recent = self.num_frames - self.config.window
         slots = [s for f, s in self.working.slots.slot_of.items() if f >= first_recent]
-        keys = self.voxel_size.keys(self.place[slots])
+        keys = self.voxel_size.keys(torch.cat([self.place[s] for s in slots]))
         return self.pool.voxels.near(keys, NEIGHBOURHOOD)
 
     @property

@@ -236,13 +236,18 @@ def test_coverage_outlives_a_long_walk():
 
 
 class ForbidWaiting(TorchDispatchMode):
-    """Fails at every operation that would make the host wait for a GPU."""
+    """Fails at every operation that would make the host wait for a GPU.
+
+    ``lift_fresh`` is how a tensor is made of Python numbers: of a list, say of indices, it is a
+    copy to the GPU which the host waits for; a single number goes along with the kernel.
+    """
 
     WAITING = ('_local_scalar_dense', 'nonzero', 'masked_select', 'unique', 'bincount', 'equal')
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.split('::')[1]
-        assert not name.startswith(self.WAITING), f'{name} waits for the device'
+        waits = name.startswith(self.WAITING) or (name == 'lift_fresh' and args[0].ndim)
+        assert not waits, f'{name} waits for the device'
         return func(*args, **(kwargs or {}))
 
 
@@ -256,6 +261,8 @@ def test_a_steady_step_never_makes_the_host_wait(monkeypatch):
 
 
 def test_forbid_waiting_notices_waiting():
+    with pytest.raises(AssertionError, match='lift_fresh waits'), ForbidWaiting():
+        torch.ones(3)[[0, 1]]
     with pytest.raises(AssertionError, match='waits'), ForbidWaiting():
         torch.ones(3)[0].item()
 
