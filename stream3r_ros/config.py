@@ -124,6 +124,25 @@ class TrackingConfig:
 
 
 @dataclass(frozen=True)
+class ScaleConfig:
+    """Where metres come from; without a source the scale of a session is arbitrary."""
+
+    source: str = option(
+        'none',
+        "'depth': a topic of depth images that are registered to the camera; 'odometry': the way "
+        'from odom_frame to the camera; applied to depth, poses and map alike',
+        choices=('none', 'depth', 'odometry'),
+    )
+    window: int = option(30, 'ratios whose median is the scale', minimum=1, maximum=10_000)
+    min_ratios: int = option(3, 'ratios from which on the scale is stated', minimum=1)
+    dead_band: float = option(
+        0.01, 'the scale follows when its logarithm is off by more than this', minimum=0.0
+    )
+    max_offset_s: float = option(0.02, 'between an image and its depth image at most', minimum=0.0)
+    min_baseline_m: float = option(0.3, 'way of the odometry that makes a ratio', minimum=1e-3)
+
+
+@dataclass(frozen=True)
 class StatusConfig:
     """Log line and diagnostics."""
 
@@ -206,5 +225,6 @@ class NodeConfig(CoreConfig):
     autostart: bool = option(True, 'configure and activate without a lifecycle manager')
     outputs: OutputsConfig = field(default_factory=OutputsConfig)
     save_map: SaveMapConfig = field(default_factory=SaveMapConfig)
+    scale: ScaleConfig = field(default_factory=ScaleConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     status: StatusConfig = field(default_factory=StatusConfig)

@@ -35,6 +35,7 @@ class ReconstructionFigures:
     cache_capacity_bytes: int = 0
     map_points: int = 0
     frames_without_tf: int = 0  # a transform from /tf was missing: none was broadcast
+    metres_per_unit: float | None = None  # None: the scale is arbitrary
     tracking: str = OK  # or 'DEGRADED', 'LOST'
     quality: Quality | None = None  # of the last frame
     gaps: int = 0  # pauses between images that were too long
@@ -74,6 +75,8 @@ class NodeStatus:
                 f'latency {frames.latency_p50_ms:.0f} ms (p95 {frames.latency_p95_ms:.0f} ms)'
             )
         parts.append(f'tracking {made.tracking}')
+        scale = f'{made.metres_per_unit:.3f} m per unit' if made.metres_per_unit else 'arbitrary'
+        parts.append(f'scale {scale}')
         parts.append(f'map {made.map_points} points')
         parts.append(f'cache {made.cache_tokens} tokens, {made.cache_bytes / 1e6:.1f} MB')
         if made.frames_without_tf:
@@ -101,11 +104,14 @@ class NodeStatus:
             'cache_capacity_bytes': str(made.cache_capacity_bytes),
             'map_points': str(made.map_points),
             'frames_without_tf': str(made.frames_without_tf),
+            'scale': 'metric' if made.metres_per_unit else 'arbitrary',
             'tracking': made.tracking,
             'gaps': str(made.gaps),
             'restarts': str(sum(made.restarts.values())),
             **{f'restarts.{reason}': str(n) for reason, n in sorted(made.restarts.items())},
         }
+        if made.metres_per_unit:
+            values['metres_per_unit'] = f'{made.metres_per_unit:.4f}'
         if made.quality is not None:
             values['mean_confidence'] = f'{made.quality.confidence:.2f}'
             values['parallax'] = f'{made.quality.parallax:.4f}'

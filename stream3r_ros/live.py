@@ -1,5 +1,6 @@
 """What the inference thread owns: session, map, poses, and the messages of every frame."""
 
+import dataclasses
 import logging
 from collections import Counter
 from typing import Any
@@ -18,6 +19,7 @@ from stream3r_ros.diagnostics import ReconstructionFigures
 from stream3r_ros.logging_bridge import Throttled
 from stream3r_ros.publishers import Publishers
 from stream3r_ros.recorder import PoseRecorder, Snapshot
+from stream3r_ros.scale import BaselineScale, DepthScale, ScaleTracker
 from stream3r_ros.tf import (
     Carrier,
     T_map_of_first_camera,
@@ -54,9 +56,12 @@ class LiveReconstruction:
         self._device = next(model.parameters()).device
         self._last_stamp_ns: int | None = None
         self._map_stamp_ns: int | None = None
-        self._published_version = self._reconstructor.map.version
-        self._sent_version = -1  # of the map, on ~/map_changes
+        self._published_version = self._reconstructor.map.version, 1.0
+        self._sent_scale, self._sent_version = 1.0, -1  # of the map, on ~/map_changes
         self._is_new = True
+        self._scale, self._baseline = ScaleTracker(), BaselineScale()
+        self._warn_scale = Throttled(_log.warning)
+        self.depth_images = DepthScale()
         self._size_hw: tuple[int, int] | None = None
         self._tracking = TrackingState()
         self._trusted_pose: torch.Tensor | None = None
@@ -85,11 +90,38 @@ class LiveReconstruction:
         self._last_stamp_ns, self._is_new = stamp, False
         for prediction in predictions:  # none, or a whole chunk (cache.chunk_size)
             self._map_stamp_ns = prediction.stamp_ns
+            self._find_scale(prediction, frame, config)
             carrier = self._carrier(frame, prediction.stamp_ns, config)
-            outputs = self._publishers.publish(prediction, frame, config, carrier)
-            self._recorder.add(prediction.stamp_ns, outputs.T_map_camera)
+            self._publishers.publish(prediction, frame, config, carrier)
+            self._recorder.add(prediction.stamp_ns, prediction.T_world_camera.numpy())
             self._track(prediction, config)
         self.figures = self._figures()
+
+    def _find_scale(self, prediction: FramePrediction, frame: str, config: NodeConfig) -> None:
+        """Update metres per scene unit, where there is a source of metres."""
+        if config.scale.source == 'none':
+            return
+        try:
+            ratio = self._scale_ratio(prediction, frame, config)
+        except (InputError, TransformError) as error:
+            self._warn_scale(f'no metric scale from this image: {error}')
+            return
+        before = self._scale.value
+        if ratio is not None:
+            self._scale.add(ratio, config.scale)
+        if self._scale.value != before:
+            self._publishers.outputs.set_scale(self._scale.value)
+
+    def _scale_ratio(
+        self, prediction: FramePrediction, frame: str, config: NodeConfig
+    ) -> float | None:
+        if config.scale.source == 'depth':
+            return self.depth_images.ratio(prediction, frame, config.scale)
+        T_odom_camera = self._transforms.lookup(
+            config.odom_frame, frame, prediction.stamp_ns, config.tf_timeout_s
+        )
+        T_world_camera = prediction.T_world_camera.double().numpy()
+        return self._baseline.ratio(T_world_camera, T_odom_camera, config.scale)
 
     def _track(self, prediction: FramePrediction, config: NodeConfig) -> None:
         before, options = self._tracking.state, config.tracking
@@ -112,28 +144,36 @@ class LiveReconstruction:
         self._publishers.reset()
         self._recorder.clear()
         self._tracking.reset()
+        self._scale.reset()
+        self._baseline.reset()
         self._trusted_pose = self._size_hw = None
         self._last_stamp_ns, self._is_new = None, True
         self.figures = self._figures()
 
     def snapshot(self) -> Snapshot:
         """Return poses and map as they are now; raises InputError before the first frame."""
+        outputs, recorded = self._publishers.outputs, self._recorder.trajectory()
         return Snapshot(
-            self._recorder.trajectory(),
-            self._publishers.outputs.in_map_frame(self._reconstructor.map.points()),
+            dataclasses.replace(
+                recorded, T_world_camera=outputs.poses_in_map(recorded.T_world_camera)
+            ),
+            outputs.in_map_frame(self._reconstructor.map.points()),
             self._recorder.num_forgotten,
         )
 
     def publish_map(self) -> None:
         """Publish the map unless it is as last time; from any one thread."""
         current = self._reconstructor.map
-        version = current.version
+        version = current.version, self._publishers.outputs.scale
         if version != self._published_version and self._map_stamp_ns is not None:
             self._publishers.publish_map(current.points(), self._map_stamp_ns)
             self._published_version = version
 
     def publish_map_changes(self, max_points: int) -> None:
         """Publish what changed in the map; from any one thread."""
+        scale = self._publishers.outputs.scale
+        if scale != self._sent_scale:  # all voxels move
+            self._sent_version, self._sent_scale = -1, scale
         if self._map_stamp_ns is not None:
             self._sent_version = self._publishers.publish_map_changes(
                 self._reconstructor.map, self._sent_version, self._map_stamp_ns, max_points
@@ -234,6 +274,7 @@ class LiveReconstruction:
             cache_capacity_bytes=cache.capacity_bytes,
             map_points=self._reconstructor.map.num_points,
             frames_without_tf=self._num_without_tf,
+            metres_per_unit=self._scale.value,
             tracking=self._tracking.state,
             quality=self._tracking.quality,
             gaps=self._num_gaps,

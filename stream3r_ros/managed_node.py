@@ -81,7 +81,9 @@ class Stream3rNode(LifecycleNode):
         self._last_rejection: tuple[float, str] = (-WARNING_PERIOD_S, '')
         self._results = Publishers(self, self.config)
         self._transforms = TransformBuffer()
-        self._warn_tf = Throttled(lambda text: self.get_logger().warning(text))
+        self._warn_tf, self._warn_depth = (
+            Throttled(lambda text: self.get_logger().warning(text)) for _ in range(2)
+        )
         self._inference: Worker[Incoming] | None = None
         self._live: LiveReconstruction | None = None
         self._background: Worker[Callable[[], None]] = Worker(
@@ -98,6 +100,7 @@ class Stream3rNode(LifecycleNode):
         self._log_handler = forward_logging(self)
         self._subscribe()
         self._listen_to_tf()
+        self._listen_to_depth()
         self._serve()
         self._start_timers()
         self._options.check_qos_overrides()
@@ -132,6 +135,13 @@ class Stream3rNode(LifecycleNode):
                 callback,
                 SENSOR_DATA.for_rclpy(),
                 qos_overriding_options=QoSOverridingOptions.with_default_policies(),
+            )
+
+    def _listen_to_depth(self) -> None:
+        if self.config.scale.source == 'depth':
+            qos, overridable = SENSOR_DATA, QoSOverridingOptions.with_default_policies()
+            self.create_subscription(
+                Image, 'depth', self._on_depth, qos.for_rclpy(), qos_overriding_options=overridable
             )
 
     def _listen_to_tf(self) -> None:
@@ -246,6 +256,14 @@ class Stream3rNode(LifecycleNode):
     def _on_camera_info(self, message: CameraInfo) -> None:
         if self._live is not None:
             self._live.camera_info = message
+
+    def _on_depth(self, message: Image) -> None:
+        if self._live is None:
+            return
+        try:
+            self._live.depth_images.add(message)
+        except InputError as error:
+            self._warn_depth(f'depth image rejected: {error}')
 
     def _on_tf(self, message: TFMessage, is_static: bool) -> None:
         try:

@@ -65,11 +65,33 @@ class Outputs:
         self.map_frame = map_frame
         self.T_map_world = T_map_world
         self.mapping = mapping or MappingConfig()
+        self._scale = 1.0
         self._poses: deque[Any] = deque(maxlen=max_path_poses)
 
     def reset(self) -> None:
-        """Forget the path; the next frame is the first of a new session."""
+        """Forget the path; the next frame is the first of a new session, of unknown scale."""
         self._poses.clear()
+        self._scale = 1.0
+
+    @property
+    def scale(self) -> float:
+        """Map units per scene unit: metres where the scale is known, else 1."""
+        return self._scale
+
+    def set_scale(self, scale: float) -> None:
+        """Give everything from now on, and the path so far, another scale; map origin fixed."""
+        ratio, origin = scale / self._scale, self.T_map_world[:3, 3]
+        self._scale = scale
+        for pose in self._poses:
+            position = pose.pose.position
+            for axis, start in zip('xyz', origin.tolist()):
+                setattr(position, axis, start + ratio * (getattr(position, axis) - start))
+
+    def poses_in_map(self, T_world_camera: np.ndarray) -> np.ndarray:
+        """Return T_map_camera [..., 4, 4] of poses in the world frame, in map units."""
+        scaled = np.array(T_world_camera, np.float64)
+        scaled[..., :3, 3] *= self._scale
+        return self.T_map_world @ scaled
 
     def add(self, prediction: FramePrediction, camera_frame: str) -> 'FrameOutputs':
         """Append the frame to the path and return its messages, which are built when asked for.
@@ -105,8 +127,9 @@ class Outputs:
 
     def in_map_frame(self, cloud: Points) -> Points:
         """Move a cloud from the world frame into the map frame, for messages and files."""
-        T = self.T_map_world.astype(np.float32)
-        return dataclasses.replace(cloud, points_xyz=cloud.points_xyz @ T[:3, :3].T + T[:3, 3])
+        T, scale = self.T_map_world.astype(np.float32), np.float32(self._scale)
+        points_xyz = (scale * cloud.points_xyz) @ T[:3, :3].T + T[:3, 3]
+        return dataclasses.replace(cloud, points_xyz=points_xyz)
 
 
 def _rows(change: MapChange, rows: slice) -> MapChange:
@@ -121,10 +144,11 @@ class FrameOutputs:
         self._outputs = outputs
         self._messages = outputs.messages
         self._prediction = prediction
+        self._depth = prediction.depth * outputs.scale
         self._camera_header = (prediction.stamp_ns, camera_frame)
         self.stamp_ns = prediction.stamp_ns
         self.camera_frame = camera_frame
-        self.T_map_camera = outputs.T_map_world @ prediction.T_world_camera.double().numpy()
+        self.T_map_camera = outputs.poses_in_map(prediction.T_world_camera.numpy())
 
     def message(self, topic: str) -> Any:
         """Return the message of a name in :data:`TOPICS`, but for the path and the map."""
@@ -148,7 +172,7 @@ class FrameOutputs:
 
     def depth(self) -> Any:
         """Return the depth along the optical axis, NaN where there is none."""
-        depth = self._prediction.depth.numpy()
+        depth = self._depth.numpy()
         return self._messages.float_image(np.where(depth > 0, depth, np.nan), *self._camera_header)
 
     def depth_confidence(self) -> Any:
@@ -169,7 +193,7 @@ class FrameOutputs:
         p = self._prediction
         confidence = p.depth_conf.numpy()
         keep = reliable_pixels(p.depth.numpy(), confidence, self._outputs.mapping)
-        points_camera = unproject(p.depth, p.K).numpy()[keep]
+        points_camera = unproject(self._depth, p.K).numpy()[keep]
         return self._messages.cloud(
             points_camera, p.rgb.numpy()[keep], confidence[keep], *self._camera_header
         )

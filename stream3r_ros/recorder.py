@@ -29,11 +29,11 @@ class PoseRecorder:
         self._poses = np.empty((max_poses, 3, 4), np.float32)
         self._num_seen = 0
 
-    def add(self, stamp_ns: int, T_map_camera: np.ndarray) -> None:
+    def add(self, stamp_ns: int, T_world_camera: np.ndarray) -> None:
         """Keep a pose [4, 4]; the oldest makes room when the store is full."""
         slot = self._num_seen % len(self._stamps_ns)
         self._stamps_ns[slot] = stamp_ns
-        self._poses[slot] = T_map_camera[:3]
+        self._poses[slot] = T_world_camera[:3]
         self._num_seen += 1
 
     def clear(self) -> None:

@@ -121,6 +121,10 @@ def _check_offline(config: NodeConfig) -> None:
             "map_orientation 'level' with odom_frame asks a live /tf: for a replay set "
             "odom_frame='' and camera_roll and camera_pitch"
         )
+    if config.scale.source != 'none':
+        raise ConfigError(
+            f'scale.source {config.scale.source!r} needs live topics: not in a replay'
+        )
 
 
 @contextmanager

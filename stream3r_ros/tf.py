@@ -24,6 +24,8 @@ def check_frames(config: NodeConfig) -> None:
     """Raise :class:`ConfigError` unless the configured frames can be frames of tf2."""
     if not config.map_frame:
         raise ConfigError("map_frame must not be empty; REP-105 calls it 'map'")
+    if config.scale.source == 'odometry' and not config.odom_frame:
+        raise ConfigError("scale.source is 'odometry': set odom_frame to its frame on /tf")
     taken: dict[str, str] = {}
     for name in ('map_frame', 'odom_frame', 'base_frame', 'camera_frame'):
         frame = getattr(config, name)

@@ -1,5 +1,7 @@
 """True depth and true poses through map and messages give the true room back."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -218,6 +220,43 @@ def test_changes_add_up_to_the_map_whatever_is_removed(outputs):
     assert num_gone > 100
     voxel_map.clear()
     assert apply(voxels, outputs.map_changes(voxel_map.changed_since(version), 8, 500)) == {}
+
+
+def halved(prediction):
+    """The same frame in scene units of two metres."""
+    T = prediction.T_world_camera.clone()
+    T[:3, 3] /= 2
+    return dataclasses.replace(prediction, depth=prediction.depth / 2, T_world_camera=T)
+
+
+def position(pose):
+    return [getattr(pose.pose.position, axis) for axis in 'xyz']
+
+
+def test_a_scale_reaches_depth_poses_path_and_map_alike(messages):
+    config = MappingConfig(voxel_size=VOXEL_M, min_confidence=1.0, confidence_quantile=0.0)
+    T_map_world = Outputs(messages).T_map_world.copy()
+    T_map_world[:3, 3] = 1, 2, 3
+    right, small = (Outputs(messages, 'map', T_map_world, mapping=config) for _ in range(2))
+    maps = [VoxelMap(config), VoxelMap(dataclasses.replace(config, voxel_size=VOXEL_M / 2))]
+    for index, prediction in enumerate(true_predictions()):
+        frames = right.add(prediction, 'camera'), small.add(halved(prediction), 'camera')
+        for voxel_map, seen in zip(maps, (prediction, halved(prediction))):
+            voxel_map.integrate(seen)
+        if index == 2:
+            small.set_scale(2.0)
+        if index <= 2:
+            continue
+        depth, other_depth = (depth_from_message(frame.depth()) for frame in frames)
+        np.testing.assert_allclose(depth, other_depth)
+        cloud, other_cloud = (points_of(frame.cloud()) for frame in frames)
+        np.testing.assert_allclose(cloud, other_cloud, atol=1e-5)
+        np.testing.assert_allclose(frames[0].T_map_camera, frames[1].T_map_camera, atol=1e-6)
+    path, other_path = ([position(p) for p in o.path(0).poses] for o in (right, small))
+    np.testing.assert_allclose(path, other_path, atol=1e-6)  # also what was there before
+    cloud, other_cloud = (points_of(o.map(m.points(), 0)) for o, m in zip((right, small), maps))
+    np.testing.assert_allclose(cloud.min(0), other_cloud.min(0), atol=1e-4)
+    np.testing.assert_allclose(cloud.max(0), other_cloud.max(0), atol=1e-4)
 
 
 def test_another_map_frame_moves_everything_alike(messages):

@@ -1,0 +1,128 @@
+"""Metres per scene unit: from a depth camera or from an odometry, robust and smooth."""
+
+import math
+from collections import deque
+from typing import Any
+
+import numpy as np
+
+from stream3r_core.errors import InputError
+from stream3r_core.types import FramePrediction
+from stream3r_ros.config import ScaleConfig
+from stream3r_ros.conversions import depth_from_message, stamp_ns
+
+MIN_PIXELS = 50  # that two depth images must share
+KEPT_DEPTH_IMAGES = 30
+
+
+class ScaleTracker:
+    """Turns ratios, one per frame or baseline, into one scale that moves rarely and little.
+
+    The scale is the median of the last ``window`` ratios; it is stated from ``min_ratios`` on,
+    and follows when it is off by more than ``dead_band``, so that a map does not tremble.
+    """
+
+    def __init__(self):
+        self._log_ratios: deque[float] = deque()
+        self.value: float | None = None  # metres per scene unit; None: not known, arbitrary
+
+    def add(self, ratio: float, config: ScaleConfig) -> None:
+        """Take metres over scene units of one frame; what is no positive number is left out."""
+        if not (math.isfinite(ratio) and ratio > 0):
+            return
+        self._log_ratios.append(math.log(ratio))
+        while len(self._log_ratios) > config.window:
+            self._log_ratios.popleft()
+        if len(self._log_ratios) < config.min_ratios:
+            return
+        scale = math.exp(float(np.median(self._log_ratios)))
+        if self.value is None or abs(math.log(scale / self.value)) > config.dead_band:
+            self.value = scale
+
+    def reset(self) -> None:
+        """Forget everything: a new session has a new scale."""
+        self._log_ratios.clear()
+        self.value = None
+
+
+class DepthScale:
+    """Compares predicted depth with the depth images of a registered depth camera."""
+
+    def __init__(self):
+        self._images: deque[tuple[int, Any]] = deque(maxlen=KEPT_DEPTH_IMAGES)
+
+    def add(self, message: Any) -> None:
+        """Keep a depth image for the frame of its time; from any thread.
+
+        Raises :class:`InputError` for a stamp that is none.
+        """
+        self._images.append((stamp_ns(message), message))
+
+    def ratio(
+        self, prediction: FramePrediction, camera_frame: str, config: ScaleConfig
+    ) -> float | None:
+        """Return the median of metres over scene units; None: no depth image of that time.
+
+        Raises:
+            InputError: The depth image is damaged, or is not registered to the camera.
+
+        """
+        offsets_ns = [(abs(at - prediction.stamp_ns), image) for at, image in list(self._images)]
+        offset_ns, nearest = min(offsets_ns, key=lambda pair: pair[0], default=(0, None))
+        if nearest is None or offset_ns > config.max_offset_s * 1e9:
+            return None
+        if nearest.header.frame_id != camera_frame:
+            raise InputError(
+                f'depth images are in {nearest.header.frame_id!r}, the camera is '
+                f'{camera_frame!r}: only depth that is registered to the camera gives a scale'
+            )
+        return depth_ratio(prediction, depth_from_message(nearest))
+
+
+def depth_ratio(prediction: FramePrediction, depth_m: np.ndarray) -> float | None:
+    """Return the median over the pixels of true over predicted depth.
+
+    ``depth_m`` [h, w] shows what the camera image shows, at any resolution; NaN = unknown.
+    None where fewer than 50 pixels have both.
+    """
+    rows, columns = (_source_index(prediction, axis, depth_m.shape[axis]) for axis in (0, 1))
+    inside = (rows >= 0)[:, None] & (columns >= 0)
+    true_m = depth_m[np.maximum(rows, 0)][:, np.maximum(columns, 0)]
+    predicted = prediction.depth.numpy()
+    usable = inside & np.isfinite(true_m) & (true_m > 0) & (predicted > 0)
+    if np.count_nonzero(usable) < MIN_PIXELS:
+        return None
+    return float(np.median(true_m[usable] / predicted[usable]))
+
+
+def _source_index(prediction: FramePrediction, axis: int, size: int) -> np.ndarray:
+    """Row or column of an image of the camera's view that each network pixel lies in; -1: none."""
+    geometry = prediction.geometry
+    centres = np.arange(geometry.network_size_hw[axis]) + 0.5
+    share = (centres - geometry.offset_xy[1 - axis]) / geometry.scale_xy[1 - axis]
+    index = np.floor(share / geometry.camera_size_hw[axis] * size).astype(int)
+    return np.where((index >= 0) & (index < size), index, -1)
+
+
+class BaselineScale:
+    """Compares the way the camera went with the way that an odometry says it went."""
+
+    def __init__(self):
+        self._anchor: tuple[np.ndarray, np.ndarray] | None = None
+
+    def reset(self) -> None:
+        """Begin a new session."""
+        self._anchor = None
+
+    def ratio(
+        self, T_world_camera: np.ndarray, T_odom_camera: np.ndarray, config: ScaleConfig
+    ) -> float | None:
+        """Return metres over scene units since the last ratio; None: not far enough yet."""
+        here = T_world_camera[:3, 3].copy(), T_odom_camera[:3, 3].copy()
+        if self._anchor is None:
+            self._anchor = here
+        way, way_m = (float(np.linalg.norm(a - b)) for a, b in zip(here, self._anchor))
+        if way_m < config.min_baseline_m:
+            return None
+        self._anchor = here
+        return way_m / way if way > 0 else None

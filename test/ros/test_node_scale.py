@@ -1,0 +1,47 @@
+"""On a real graph: a depth topic makes depth, poses and map metric."""
+
+import numpy as np
+import pytest
+from node_harness import CAMERA_FRAME, matrix, stamp
+from sensor_msgs.msg import Image
+from test_node_streams import offline
+from test_outputs import points_of
+
+from stream3r_ros.conversions import depth_from_message
+
+pytestmark = [pytest.mark.ros, pytest.mark.usefixtures('one_thread')]
+SCALE, NUM_IMAGES = 2.5, 5
+
+
+def test_a_depth_topic_gives_the_scale_of_everything(live, node):
+    frames, outputs, cloud = offline(NUM_IMAGES)
+    live.start(**{'scale.source': 'depth', 'outputs.map.period_s': 0.1})
+    live.connect_camera()
+    depth = node.create_publisher(Image, '/depth', 10)
+    live.wait_until(depth.get_subscription_count)
+    assert live.figure('scale') == 'arbitrary'
+    for index, frame in enumerate(frames):
+        depth_m = SCALE * depth_from_message(frame.depth())
+        depth.publish(live.messages.float_image(depth_m, stamp(index), CAMERA_FRAME))
+        live.feed(index)
+    live.wait_until(lambda: live.figure('scale') == 'metric')
+    assert float(live.figure('metres_per_unit')) == pytest.approx(SCALE, rel=1e-3)
+    last = matrix(live.received['/tf'][-1].transforms[0].transform)
+    np.testing.assert_allclose(last[:3, :3], frames[-1].T_map_camera[:3, :3], atol=1e-5)
+    np.testing.assert_allclose(last[:3, 3], SCALE * frames[-1].T_map_camera[:3, 3], rtol=1e-3)
+    said, unscaled = (
+        depth_from_message(m)
+        for m in (live.wait_for('~/depth/image', NUM_IMAGES)[-1], frames[-1].depth())
+    )
+    np.testing.assert_allclose(said, SCALE * unscaled, rtol=1e-3)
+    expected = SCALE * points_of(outputs.map(cloud, 0))
+
+    def map_is_metric():
+        seen = live.received['~/map']
+        return (
+            seen
+            and seen[-1].width == len(expected)
+            and np.allclose(points_of(seen[-1]), expected, rtol=1e-3, atol=1e-3)
+        )
+
+    live.wait_until(map_is_metric)
