@@ -76,15 +76,14 @@ def main() -> None:
     parser.add_argument('--frames', type=int, default=24, help='frames of a submap')
     arguments = parser.parse_args()
     for kind in arguments.walks:
-        clean = None
-        for share in arguments.false:
-            results = []
-            for seed in range(arguments.seeds):
+        results: dict[float, list[dict]] = {share: [] for share in arguments.false}
+        for seed in range(arguments.seeds):
+            for share in arguments.false:
                 result = run(kind, seed, arguments.size, arguments.frames, share)
-                results.append(result)
-                print(kind, seed, result, flush=True)
-            report(kind, share, results, clean)
-            clean = clean or results
+                results[share].append(result)
+                print(kind, seed, share, result, flush=True)
+        for share in arguments.false:
+            report(kind, share, results[share], results.get(0.0))
 
 
 def report(kind: str, share: float, results: list[dict], clean: list[dict] | None) -> None:
@@ -98,7 +97,7 @@ def report(kind: str, share: float, results: list[dict], clean: list[dict] | Non
         f'{sum(r["false"] for r in results)}',
         flush=True,
     )
-    if clean:
+    if clean and share:
         change = [abs(r['with'] / c['with'] - 1) for r, c in zip(results, clean)]
         print(
             f'   change of ATE by false loops: median {np.median(change):.1%}, '

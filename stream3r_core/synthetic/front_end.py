@@ -163,6 +163,7 @@ class SimulatedFrontEnd:
         self.walk, self.disturbance = walk, disturbance or Disturbance()
         self.session_frames, self.overlap, self.size_hw = session_frames, overlap, size_hw
         self.hall = PillarHall(walk, seed)
+        self._exact: dict[int, np.ndarray] = {}  # depth of the frames seen so far, metres
         self._rng = np.random.default_rng(seed + 1)
         height, width = size_hw
         self.K = np.array([[0.6 * width, 0, width / 2], [0, 0.6 * width, height / 2], [0, 0, 1]])
@@ -222,7 +223,10 @@ class SimulatedFrontEnd:
     def _depth(self, frame: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
         """Disturbed depth in units of ``scale`` per metre, and confidence, which knows nothing."""
         d, rng = self.disturbance, self._rng
-        depth = scale * self.hall.depth(self.walk.T_world_camera[frame], self.K, self.size_hw)
+        if frame not in self._exact:
+            T = self.walk.T_world_camera[frame]
+            self._exact[frame] = self.hall.depth(T, self.K, self.size_hw)
+        depth = scale * self._exact[frame]
         factor = d.depth_noise * rng.standard_normal(depth.shape)
         wrong = rng.random(depth.shape) < d.outliers
         factor[wrong] = rng.uniform(-1, 1, wrong.sum())
