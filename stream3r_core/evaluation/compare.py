@@ -36,7 +36,7 @@ class Column:
 
 COLUMNS = (
     Column('ATE', 'trajectory', 'ATE RMSE', 'Sim(3)', 'm'),
-    Column('ATE, metric', 'trajectory', 'ATE RMSE', 'SE(3)', 'm'),
+    Column('ATE, SE(3)', 'trajectory', 'ATE RMSE', 'SE(3)', 'm'),
     Column('RPE rotation', 'trajectory', 'RPE rotation', 'Sim(3)', 'deg'),
     Column('depth AbsRel', 'depth', 'AbsRel', 'scale'),
     Column('depth δ < 1.25', 'depth', 'δ < 1.25', 'scale'),
@@ -94,8 +94,9 @@ def _write_page(path, title, reports, rows, differing) -> None:
     conditions = next(iter(reports.values())).conditions
     body = [
         f'<h1>{escape(title)}</h1>',
-        '<p>Trajectory after Sim(3) alignment unless "metric"; one depth scale for the input; '
-        'registration of the map as in the reports. Smaller is better but for δ and F-score.</p>',
+        '<p>Trajectories are aligned by Sim(3) but for the column SE(3); depth has one scale for '
+        'the input; maps are registered as in the reports. Smaller is better but for δ and '
+        'F-score.</p>',
         table(header, lines),
         *(figure_tag(figure) for figure in _plots(rows)),
         '<h2>Options that differ</h2>',

@@ -220,12 +220,11 @@ def scatter(
     figure, axes = _canvas((len(panels) + 1) // 2, 2, 11, 4 * ((len(panels) + 1) // 2))
     for axis, (x_label, y_label), points in zip(axes.flat, labels, panels):
         for name, (x, y) in points.items():
-            axis.plot(x, y, 'o')
-            axis.annotate(name, (x, y), xytext=(5, 5), textcoords='offset points', fontsize=9)
-        axis.set(xlabel=x_label, ylabel=y_label, ylim=(0, None))
-        axis.set_xlim(0, None)
-        axis.margins(x=0.25, y=0.2)
+            axis.plot(x, y, 'o', label=name, alpha=0.8)
+        right, top = (1.3 * max(values) or 1.0 for values in zip(*points.values()))
+        axis.set(xlabel=x_label, ylabel=y_label, xlim=(0, right), ylim=(0, top))
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
+    axes[0, 0].legend()
     return _finished(figure, 'Quality against cost; left and low is good.')
