@@ -127,7 +127,10 @@ class Submap:
 
 
 def thin_cloud(cloud: MapCloud, voxel_size: float) -> MapCloud:
-    """One point per voxel, the confidence-weighted mean; all points if ``voxel_size`` is 0."""
+    """One point per voxel, the confidence-weighted mean; all points if ``voxel_size`` is 0.
+
+    Points farther than about a million voxels from the origin are left out, as in the voxel map.
+    """
     if not voxel_size or not len(cloud):
         return cloud
     cells = np.floor(cloud.points_xyz.T.astype(np.float64) / voxel_size)
