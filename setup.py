@@ -3,6 +3,8 @@ from glob import glob
 from setuptools import find_packages, setup
 
 package_name = 'stream3r_ros'
+# Sim(3) factors came with GTSAM 4.3, which has no wheel for CPython 3.10.
+backend = ['gtsam>=4.3; python_version >= "3.11"', 'faiss-cpu']
 
 setup(
     name=package_name,
@@ -36,7 +38,8 @@ setup(
         'trimesh',
     ],
     extras_require={
-        'test': ['pytest', 'hypothesis', 'ruff', 'triton', 'wheel'],
+        'test': ['pytest', 'hypothesis', 'ruff', 'triton', 'wheel', *backend],
+        'backend': backend,
         'gpu': ['triton', 'flash-attn'],
         'open3d': ['open3d'],
         'viewer': ['viser'],
