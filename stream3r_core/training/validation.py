@@ -10,6 +10,8 @@ from stream3r_core.geometry import decode_pose, invert_se3
 from stream3r_core.model.network import CausalVGGT
 from stream3r_core.training.batch import Batch
 
+_STILL_M = 0.01  # paths of smaller extent count as standing still
+
 
 @torch.no_grad()
 def validate(
@@ -18,7 +20,8 @@ def validate(
     """Return means over the sequences of ``batches``.
 
     - abs_rel, delta: depth after one median scale per sequence (delta: share within 25 %).
-    - ate_percent: position error after a similarity, of the path's root mean square extent;
+    - ate_percent: position error after a similarity, of the path's root mean square extent
+      (cameras that stand still have none and are left out);
       ate_se3_percent: after a rigid alignment of the path in the scale of the depth.
     - rotation_deg: error of the last frame's rotation against the first.
     - rpe_m, rpe_deg: of one frame to the next, root mean square, in the scale of the depth.
@@ -36,7 +39,15 @@ def validate(
             result = model(batch.images, mode=mode, window=window)
         rows += [_sequence(result, batch, b) for b in range(len(batch.images))]
     model.train(training)
-    return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+    return {key: _mean([row[key] for row in rows if key in row]) for key in _keys(rows)}
+
+
+def _keys(rows: list[dict[str, float]]) -> list[str]:
+    return list(dict.fromkeys(key for row in rows for key in row))
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _sequence(result: dict[str, Tensor], batch: Batch, b: int) -> dict[str, float]:
@@ -51,18 +62,21 @@ def _sequence(result: dict[str, Tensor], batch: Batch, b: int) -> dict[str, floa
     path = invert_se3(batch.T_world_camera[b, :1]) @ batch.T_world_camera[b]
     static = torch.eye(4, device=path.device).expand_as(path)
     velocity = torch.stack([torch.linalg.matrix_power(path[1], i) for i in range(len(path))])
-    extent = max(1e-6, _spread(path).item())
+    extent = _spread(path).item()
     fov, true_fov = (2 * torch.atan(width / 2 / k[:, 0, 0]) for k in (K, batch.K[b]))
     row = {
         'abs_rel': ((scaled - known).abs() / known).mean().item(),
         'delta': (torch.maximum(scaled / known, known / scaled) < 1.25).float().mean().item(),
         'fov_error_deg': math.degrees((fov - true_fov).abs().mean()),
         'extent_m': extent,
-        'ate_se3_percent': 100 * path_error(estimate, path, with_scale=False) / extent,
         **_relative_error(estimate, path),
     }
+    moves = extent > _STILL_M
+    if moves:
+        row['ate_se3_percent'] = 100 * path_error(estimate, path, with_scale=False) / extent
     for name, T in (('', estimate), ('static_', static), ('velocity_', velocity)):
-        row[f'{name}ate_percent'] = 100 * path_error(T, path, with_scale=True) / extent
+        if moves:
+            row[f'{name}ate_percent'] = 100 * path_error(T, path, with_scale=True) / extent
         row[f'{name}rotation_deg'] = angle_deg(T[-1], path[-1]).item()
     return row
 
