@@ -5,6 +5,7 @@
 Per walk and seed: ATE (RMSE after Sim(3) alignment, since the unit of a monocular map is free) of
 the chain of submaps alone and with the back end; then median and worst of their ratio. False loops
 are injected after verification, on a random earlier submap, as sure of themselves as true ones.
+With ``--aliased`` all false loops of one submap agree with each other, as look-alikes make them.
 """
 
 import argparse
@@ -29,7 +30,7 @@ def ate(T_estimate: np.ndarray, T_truth: np.ndarray) -> float:
     return float(np.sqrt(np.square(sim3.act(S, estimate) - truth).sum(1).mean()))
 
 
-def run(kind: str, seed: int, size: float, frames: int, false_share: float) -> dict:
+def run(kind: str, seed: int, size: float, frames: int, false_share: float, aliased=False) -> dict:
     """Run one walk; return what is printed."""
     walk = make_walk(kind, seed, size_m=size)
     front_end = SimulatedFrontEnd(walk, seed, session_frames=frames)
@@ -41,16 +42,17 @@ def run(kind: str, seed: int, size: float, frames: int, false_share: float) -> d
 
     config = BackendConfig(submaps=SubmapConfig(max_frames=frames))
     backend = SubmapBackend(config, MappingConfig(voxel_size=0.1), predict)
-    false = []
+    false, wrong = [], {}
     num_loops = 0
     for frame, prediction in front_end:
         update = backend.add(prediction, frame, lambda f=frame: front_end.descriptor(f))
         num_loops += len(update.loops)
         for _, j in update.loops:
             if rng.random() < false_share / (1 - false_share):
-                S = sim3.exp(0.3 * rng.standard_normal(7))
-                false.append(S)
-                backend.propose_loop(int(rng.integers(j)), j, S, np.diag(FALSE_SIGMAS**2))
+                fresh = (int(rng.integers(j)), sim3.exp(0.3 * rng.standard_normal(7)))
+                i, S = wrong.setdefault(j, fresh) if aliased else fresh
+                false.append(S @ sim3.exp(FALSE_SIGMAS * rng.standard_normal(7)))
+                backend.propose_loop(i, j, false[-1], np.diag(FALSE_SIGMAS**2))
     backend.settle()
     frame_ids, _, T_map = backend.trajectory()
     truth = walk.T_world_camera[frame_ids]
@@ -74,12 +76,14 @@ def main() -> None:
     parser.add_argument('--false', type=float, nargs='+', default=[0.0], help='shares to try')
     parser.add_argument('--size', type=float, default=2.0, help='of the walk, 1 = tens of metres')
     parser.add_argument('--frames', type=int, default=24, help='frames of a submap')
+    parser.add_argument('--aliased', action='store_true', help='false loops agree')
     arguments = parser.parse_args()
     for kind in arguments.walks:
         results: dict[float, list[dict]] = {share: [] for share in arguments.false}
         for seed in range(arguments.seeds):
             for share in arguments.false:
-                result = run(kind, seed, arguments.size, arguments.frames, share)
+                settings = (arguments.size, arguments.frames, share, arguments.aliased)
+                result = run(kind, seed, *settings)
                 results[share].append(result)
                 print(kind, seed, share, result, flush=True)
         for share in arguments.false:
