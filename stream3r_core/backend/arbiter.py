@@ -124,7 +124,14 @@ class LoopArbiter:
     def _enter(self, loops: list[Edge]) -> None:
         for edge in loops:
             edge.on_trial = True
-        self.graph.step(loops)
+        self.graph.step(loops, without=self._oldest(len(loops)))
+
+    def _oldest(self, num_new: int) -> list[Edge]:
+        """Loops that must go so that ``num_new`` more stay in budget, and some in reserve."""
+        inside, limit = self.graph.loops, self.config.max_loops
+        if len(inside) + num_new <= limit:
+            return []
+        return sorted(inside, key=lambda edge: edge.keys[1])[: num_new + limit // 10]
 
     def _judge(self) -> bool:
         """Switch off the loop that the solution contradicts most; give new ones their kernel."""

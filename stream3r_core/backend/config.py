@@ -142,6 +142,7 @@ class GraphConfig:
         2.0, 'factor by which drift may exceed its model before a loop is doubted', minimum=1.0
     )
     kernel: float = option(3.0, 'Cauchy kernel of loops, standard deviations', minimum=0.1)
+    max_loops: int = option(5000, 'loops kept; the oldest go first', minimum=1)
     max_dormant: int = option(100, 'doubted loops that are tried again', minimum=0)
     scale_sigma: float = option(0.02, 'uncertainty of a metric scale', minimum=1e-6)
     gravity_deg: float = option(2.0, 'uncertainty of a gravity direction', minimum=1e-6)

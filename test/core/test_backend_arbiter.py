@@ -126,6 +126,35 @@ def test_what_waits_is_bounded():
     assert len(other.doubted) <= 5
 
 
+def test_loops_in_the_graph_are_bounded_and_the_newest_stay():
+    truth = ring(60, laps=2.0)
+    judge = arbiter(truth, 1, config=GraphConfig(max_loops=10))
+    for k in range(30):
+        judge.propose(k, k + 30, between(truth, k, k + 30), EXACT)
+        judge.optimise()
+        assert len(judge.graph.loops) <= 10
+    settle(judge)
+    assert (29, 59) in [e.keys for e in judge.graph.loops]
+    assert error(judge.graph, truth) < 0.7 * error(arbiter(truth, 1).graph, truth)
+
+
+def test_a_loop_stated_backwards_is_the_same_loop():
+    truth = ring(40)
+    results = []
+    for backwards in (False, True):
+        judge = arbiter(truth, 7)
+        S = disturbed(between(truth, 0, 39), np.random.default_rng(0), SIGMAS)
+        covariance = np.diag(SIGMAS**2) * np.arange(1, 8)
+        if backwards:
+            A = sim3.adjoint(S)
+            judge.propose(39, 0, sim3.inverse(S), A @ covariance @ A.T)
+        else:
+            judge.propose(0, 39, S, covariance)
+        settle(judge)
+        results.append(np.array(list(judge.graph.poses().values())))
+    np.testing.assert_allclose(*results, atol=1e-6)
+
+
 def test_misuse_is_refused_in_words():
     judge = arbiter(ring(5), 0)
     with pytest.raises(InputError, match='submap 7 is not in the pose graph'):
