@@ -60,15 +60,15 @@ class LiveReconstruction:
         self._sent_scale, self._sent_version = 1.0, -1  # of the map, on ~/map_changes
         self._is_new = True
         self._scale, self._baseline = ScaleTracker(), BaselineScale()
-        self._warn_scale = Throttled(_log.warning)
         self.depth_images = DepthScale()
         self._size_hw: tuple[int, int] | None = None
         self._tracking = TrackingState()
         self._trusted_pose: torch.Tensor | None = None
         self._restarts: Counter[str] = Counter()
         self._num_gaps = 0
-        self._warn_gap = Throttled(_log.warning)
-        self._warn_transform = Throttled(_log.warning)
+        self._warn_gap, self._warn_size, self._warn_transform, self._warn_scale = (
+            Throttled(_log.warning) for _ in range(4)
+        )
         self._num_without_tf = 0
         self._last_warning = ''
         self.camera_info: Any = None
@@ -87,7 +87,7 @@ class LiveReconstruction:
             self._orient_map(frame, stamp, config)
         self._reconstructor.map.config = config.mapping
         predictions = self._reconstructor.feed(image, stamp, K)
-        self._last_stamp_ns, self._is_new = stamp, False
+        self._last_stamp_ns, self._size_hw, self._is_new = stamp, image.shape[:2], False
         for prediction in predictions:  # none, or a whole chunk (cache.chunk_size)
             self._map_stamp_ns = prediction.stamp_ns
             self._find_scale(prediction, frame, config)
@@ -239,13 +239,12 @@ class LiveReconstruction:
         size_hw = image.shape[:2]
         if self._size_hw is not None and size_hw != self._size_hw:
             prepare(image, config.image, self._reconstructor.session.model.config)  # may refuse
-            _log.warning(
-                'images have %d x %d pixels now: a new session starts, with an empty map',
-                *size_hw[::-1],
+            self._warn_size(
+                f'images have {size_hw[1]} x {size_hw[0]} pixels now: a new session starts, with '
+                'an empty map'
             )
             self._restarts['image_size'] += 1
             self.restart()
-        self._size_hw = size_hw
 
     def _calibrated(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Return the image, rectified if need be, and its intrinsics [3, 3] if known."""

@@ -116,6 +116,15 @@ def test_images_of_another_size_start_a_new_session_and_are_counted(live):
     assert live.figure('restarts') == 2 and 'images have 60 x 80 pixels now' in live.log
 
 
+def test_an_image_that_is_refused_at_the_start_is_no_other_size(live):
+    live.start()
+    live.connect_camera()
+    send_bad(live, live.messages.rgb_image(np.zeros((1, 900, 3), np.uint8), stamp(0), 'camera'))
+    live.feed(1)
+    live.wait_until(lambda: live.figure('images_processed') == 1)
+    assert live.figure('restarts') == 0
+
+
 def test_a_long_pause_warns_and_the_session_goes_on(live):
     live.start(**{'max_gap_s': 1.0, 'outputs.path.max_rate_hz': 0})
     live.connect_camera()

@@ -4,8 +4,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from diagnostic_msgs.msg import DiagnosticArray
 from node_harness import CAMERA_FRAME, HEIGHT, SMALL, WIDTH, picture, stamp
 from rclpy.qos import ReliabilityPolicy
+from rosgraph_msgs.msg import Clock
 from test_outputs import apply, points_of
 
 from stream3r_core.checkpoints import load_model
@@ -176,6 +178,29 @@ def test_outputs_that_are_switched_off_stay_silent(live):
     live.wait_for('~/pose', 1)
     live.wait_until(lambda: live.figure('images_processed') == 1)
     assert not live.received['/tf'] and not live.received['~/cloud']
+
+
+def test_with_simulated_time_the_node_works_and_its_diagnostics_tell_that_time(live, node):
+    live.start('-p', 'use_sim_time:=true')  # active although no clock ticks yet
+    live.connect_camera()
+    live.feed(0)
+    clock = node.create_publisher(Clock, '/clock', 10)
+    stamps_of_diagnostics = []
+    node.create_subscription(
+        DiagnosticArray,
+        '/diagnostics',
+        lambda message: stamps_of_diagnostics.append(stamp_ns(message)),
+        10,
+    )
+    now = Clock(clock=live.messages.header(stamp(7), '').stamp)
+
+    def tick():
+        clock.publish(now)
+        return stamps_of_diagnostics and stamps_of_diagnostics[-1] == stamp(7)
+
+    live.wait_until(tick)
+    live.feed(1)
+    assert stamps(transforms(live.received['/tf'])) == [stamp(0), stamp(1)]
 
 
 def test_a_rate_limit_counts_in_the_time_of_the_images(live):
