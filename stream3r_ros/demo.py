@@ -100,10 +100,10 @@ def run(args: argparse.Namespace) -> int:
             source, bag = stack.enter_context(open_source(args))
         is_ours = not args.input and Path(args.output, SAMPLE).is_dir()  # results of this command
         folder = output_folder(args.output, names, args.overwrite or is_ours, args.input).resolve()
-        is_interrupted = stack.enter_context(first_interrupt_ends_the_loop())
         if not args.input:
             _render_sample(args, folder / SAMPLE)
             source, bag = stack.enter_context(open_source(args))
+        is_interrupted = stack.enter_context(first_interrupt_ends_the_loop())
         plan = _plan(args, config, source, bag, folder)
         failure = None
         try:
@@ -151,7 +151,7 @@ def _run_on_photos(args: argparse.Namespace, warning: str) -> int:
     args.ground_truth = 'none'
     code = run_replay(args)
     with open_source(args) as (source, _):
-        _draw(Path(args.output), source, warning)
+        _draw(Path(args.output), source, config_from_args(args), warning)
     return code
 
 
@@ -179,6 +179,8 @@ def _plan(
         camera += ['--ros-args', '-r', f'{topic}:={topic}/compressed']  # where the node listens
     effective = dataclasses.replace(
         config,
+        autostart=True,
+        publish_tf=True,  # by which progress is followed
         image_transport='compressed' if kind == COMPRESSED_IMAGE else 'raw',
         save_map=dataclasses.replace(config.save_map, directory=str(folder)),
         status=dataclasses.replace(config.status, period_s=DIAGNOSTICS_PERIOD_S),
@@ -234,10 +236,11 @@ def _play(
 
         is_complete = watch.until(is_over, stop=is_interrupted)
         seen = observer.num_diagnostics
-        if is_complete and watch.until(is_idle, stop=is_interrupted):
+        is_failed = observer.state == 'failed'
+        if is_complete and not is_failed and watch.until(is_idle, stop=is_interrupted):
             watch.until(lambda: observer.has_all_transforms, LAST_MESSAGE_S)
         is_over()
-    if observer.state == 'failed':
+    if is_failed:
         return f'the node has failed:\n{_tail(plan.folder / NODE_LOG)}'
     if is_complete and camera.returncode:
         return f'the camera has failed:\n{_tail(log)}'
@@ -322,7 +325,7 @@ def _present(plan: Plan, config: NodeConfig, warning: str) -> None:
         return
     if plan.bag is not None:
         print(_accuracy(plan, config))
-    _draw(folder, plan.source, warning)
+    _draw(folder, plan.source, config, warning)
     found = [name for name in RESULTS if (folder / name).exists()]
     print(f'results in {folder}: {", ".join(found)}')
 
@@ -343,8 +346,8 @@ def _accuracy(plan: Plan, config: NodeConfig) -> str:
     )
 
 
-def _draw(folder: Path, source: Source, warning: str) -> None:
+def _draw(folder: Path, source: Source, config: NodeConfig, warning: str) -> None:
     try:
-        draw_results(folder, source, 'stream3r demo', warning)
+        draw_results(folder, source, f'stream3r demo, {config.model.preset} network', warning)
     except Stream3rError as error:
         print(f'no picture: {error}', file=sys.stderr)
