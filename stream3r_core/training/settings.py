@@ -85,7 +85,10 @@ class TrainingConfig:
 
     preset: str = option('tiny', 'network preset')
     model: ModelConfig | None = None  # sizes instead of those of the preset
-    init: str = option('', "starting weights: file, folder or Hugging Face id; '' = from nothing")
+    init: str = option(
+        '',
+        "starting weights: file, folder, Hugging Face id, or 'shipped'; '' = from nothing",
+    )
     loss: str = option('dense', 'objective', choices=('dense', 'stream3r', 'distill', 'points'))
     teacher: str = option('', 'weights of the teacher of the distillation')
     freeze: tuple[str, ...] = option((), 'prefixes of parameters that keep their values')
@@ -93,9 +96,8 @@ class TrainingConfig:
     precision: str = option('bf16', 'autocast precision', choices=('no', 'bf16', 'fp16'))
     match_layers: tuple[int, ...] = option((), 'global blocks whose first head is taught to match')
     match_weight: float = option(0.2, 'weight of that teaching', minimum=0.0)
-    fit_pose_batches: int = option(
-        0, 'batches from which the last layer of the camera head is fitted at the start', minimum=0
-    )
+    fit_pose_step: int = option(0, 'when to fit the last layer of the camera head', minimum=0)
+    fit_pose_batches: int = option(0, 'batches to fit it to; 0 = never', minimum=0)
     checkpoint_blocks: bool = option(
         False, 'recompute the blocks in the backward pass to save memory'
     )

@@ -98,7 +98,7 @@ class Trainer:
         """Fit the last layer of the camera head to batches that are not trained on."""
         count, first = self.config.fit_pose_batches, self.config.total_steps
         draws = range(first, first + count)
-        fit_pose_layer(self.network, (self.data.batch(0, draw) for draw in draws))
+        fit_pose_layer(self.network, (self.data.batch(self.step, draw) for draw in draws))
         self.averaged.load_state_dict(self.network.state_dict())
 
     def validate(self) -> dict[str, float]:
@@ -131,11 +131,11 @@ class Trainer:
         config, main = self.config, self.accelerator.is_main_process
         last = min(config.total_steps, stop_at or config.total_steps)
         sums: dict[str, Tensor] = defaultdict(float)
-        if self.step == 0 and config.fit_pose_batches:
-            self._fit_pose_layer()
         started, since = time.monotonic(), self.step
         bar = tqdm(total=config.total_steps, initial=self.step, unit='step', disable=not main)
         while self.step < last:
+            if self.step == config.fit_pose_step and config.fit_pose_batches:
+                self._fit_pose_layer()
             for name, value in self.train_step().items():
                 sums[name] = sums[name] + value.detach()
             bar.update()
@@ -167,7 +167,9 @@ def make_network(config: TrainingConfig) -> CausalVGGT:
     """Return the network of the recipe with its starting weights."""
     sizes = config.model or model_config(config.preset)
     if config.init:
-        model = load_model(sizes, config.init, dtype=torch.float32).train()
+        shipped = config.init == 'shipped'
+        which, weights = (config.preset, None) if shipped else (sizes, config.init)
+        model = load_model(which, weights, dtype=torch.float32).train()
     else:
         torch.manual_seed(config.seed)
         model = initialise(CausalVGGT(sizes))
