@@ -45,3 +45,21 @@ def test_a_depth_topic_gives_the_scale_of_everything(live, node):
         )
 
     live.wait_until(map_is_metric)
+
+
+def test_depth_images_that_cannot_be_used_are_said_and_cost_no_image(live, node):
+    live.start(**{'scale.source': 'depth'})
+    live.connect_camera()
+    depth = node.create_publisher(Image, '/depth', 10)
+    live.wait_until(depth.get_subscription_count)
+    damaged = live.messages.float_image(np.ones((9, 9)), stamp(0), CAMERA_FRAME)
+    damaged.step = 5
+    unstamped = live.messages.float_image(np.ones((9, 9)), stamp(0), CAMERA_FRAME)
+    unstamped.header.stamp.nanosec = 2**32 - 1
+    for message in (unstamped, damaged):
+        depth.publish(message)
+    live.wait_until(lambda: 'depth image rejected: stamp: nanosec' in live.log)
+    live.feed(0)
+    live.wait_until(lambda: 'no metric scale from this image: 32FC1 image of 9 x 9' in live.log)
+    live.feed(1)
+    assert live.figure('scale') == 'arbitrary'
