@@ -1,13 +1,15 @@
 """``stream3r evaluate``: a lossless run over recordings with truth, numbers and pictures."""
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
-from stream3r_core.config import CoreConfig, WeightsConfig, from_dict, to_dict
+from stream3r_core.config import CoreConfig, WeightsConfig, to_dict
 from stream3r_core.errors import ConfigError, DataError
 from stream3r_core.evaluation.conditions import code_version
 from stream3r_core.evaluation.config import EvaluationConfig
@@ -121,10 +123,8 @@ def add_recording_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command and return its exit code."""
     photos = bool(args.input) and are_photos(args.input)
-    defaults = (
-        {'session.mode': 'full'} if photos else {'session.mode': 'causal'} if args.suite else {}
-    )
-    config = config_from_args(args, defaults, EvaluateConfig)
+    mode = 'full' if photos else 'causal' if args.suite else None
+    config = config_from_args(args, mode and {'session.mode': mode}, EvaluateConfig)
     if args.suite:
         return _run_suite(args, config)
     tasks = tasks_from_args(args, config)
@@ -217,13 +217,23 @@ def _model(config: WeightsConfig):
 def evaluate_task(task: Task, is_interrupted: Callable[[], bool] = lambda: False) -> Report:
     """Evaluate one input and write its results."""
     clip, more_truths = open_clip(task)
-    core = from_dict(CoreConfig, {k: v for k, v in to_dict(task.config).items() if k in _CORE})
-    pipeline = make_pipeline(_model(task.config.model), core)
+    pipeline = make_pipeline(_model(task.config.model), _core(task.config))
     config = task.config.evaluation
-    return evaluate(clip, pipeline, task.folder, config, is_interrupted, more_truths)
+    return evaluate(
+        clip, pipeline, task.folder, config, is_interrupted, more_truths, _source(task)
+    )
 
 
-_CORE = set(to_dict(CoreConfig()))
+def _core(config: EvaluateConfig) -> CoreConfig:
+    """The part of the configuration that the core reads."""
+    return CoreConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(CoreConfig)})
+
+
+def _source(task: Task) -> dict[str, Any]:
+    """What the report says about where the input came from."""
+    names = ('inputs', 'dataset', 'image_topic', 'depth', 'ground_truth')
+    told = {name: getattr(task, name) for name in names if getattr(task, name)}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in told.items()}
 
 
 def _run_one(task: Task, overwrite: bool) -> int:
@@ -260,23 +270,20 @@ def _run_many(tasks: list[Task], args: argparse.Namespace) -> int:
     failures = 0
     for outcome in run_jobs(jobs, workers(args.workers, tasks[0].config), args.ray):
         failures += bool(outcome.failure)
-        print(
-            headline(outcome.value)
-            if not outcome.failure
-            else f'FAILED {outcome.name}: {outcome.failure}'
-        )
+        failed = f'FAILED {outcome.name}: {outcome.failure}'
+        print(failed if outcome.failure else headline(outcome.value))
     print(f'{len(tasks) - failures} of {len(tasks)} inputs evaluated; results in {args.output}')
     return 1 if failures else 0
 
 
 def _is_done(task: Task) -> bool:
-    """Tell whether a whole report of the same options and code lies there."""
+    """Tell whether a whole report of the same input, options and code lies there."""
     try:
         report = read_report(task.folder / REPORT_JSON)
     except DataError:
         return False
-    options = {k: v for k, v in to_dict(task.config).items() if k in (*_CORE, 'evaluation')}
-    same = report.config == json.loads(json.dumps(options))
+    options = {**to_dict(_core(task.config)), 'evaluation': to_dict(task.config.evaluation)}
+    same = report.config == json.loads(json.dumps(options)) and report.source == _source(task)
     return same and not report.interrupted and report.conditions['code'] == code_version()
 
 
@@ -290,8 +297,9 @@ def workers(wanted: int | None, config: EvaluateConfig) -> int | None:
 def _run_suite(args: argparse.Namespace, config: EvaluateConfig) -> int:
     if not args.data or args.input:
         raise ConfigError('--suite needs --data ROOT and takes no other input')
-    core = from_dict(CoreConfig, {k: v for k, v in to_dict(config).items() if k in _CORE})
-    run = SuiteRun(args.suite, Path(args.data), Path(args.output), core, config.evaluation.icp)
+    run = SuiteRun(
+        args.suite, Path(args.data), Path(args.output), _core(config), config.evaluation.icp
+    )
     records = run_suite(run, workers(args.workers, config), args.ray)
     for table in write_summary(run, records):
         print(as_text(table) + '\n')

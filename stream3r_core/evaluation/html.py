@@ -34,7 +34,7 @@ def write_html(path: Path, report: Report, figures: list[Figure]) -> None:
         _list('Remarks', report.remarks),
         _list('Frames that could not be used', report.refused),
         '<h2>Conditions</h2>',
-        table(('condition', 'value'), flat(report.conditions)),
+        table(('condition', 'value'), flat({**report.source, **report.conditions})),
         '<details><summary>Configuration</summary>',
         table(('option', 'value'), flat(report.config)),
         '</details>',

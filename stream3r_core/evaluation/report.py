@@ -40,6 +40,7 @@ class Report:
     name: str
     conditions: dict
     config: dict
+    source: dict = field(default_factory=dict)  # where the input and its truth came from
     num_frames: int = 0
     refused: list[str] = field(default_factory=list)  # frames that could not be used
     remarks: list[str] = field(default_factory=list)

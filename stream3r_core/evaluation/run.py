@@ -2,10 +2,12 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import yaml
@@ -66,13 +68,15 @@ def evaluate(
     config: EvaluationConfig | None = None,
     is_interrupted: Callable[[], bool] = lambda: False,
     more_truths: Sequence[Trajectory] = (),
+    source: Mapping[str, Any] = MappingProxyType({}),
 ) -> Report:
     """Run a clip through a pipeline and write report, trajectories, map and configuration.
 
     ``clip.frames`` are taken one by one, once. The truth is only compared with, never an input:
     of a frame, the network is given the image, and K if ``known_intrinsics`` says so. Frames that
     cannot be used are named in the report. The folder is made if need be; files of an earlier run
-    in it are replaced. ``more_truths`` are compared with beside the clip's own.
+    in it are replaced. ``more_truths`` are compared with beside the clip's own. ``source`` tells
+    the reader of the report where the input came from.
 
     Raises:
         DataError: No frame could be used.
@@ -85,6 +89,7 @@ def evaluate(
         clip.name,
         conditions(pipeline.model),
         {**to_dict(pipeline.config), 'evaluation': to_dict(config)},
+        dict(source),
         remarks=list(clip.remarks),
     )
     _write_yaml(folder / CONFIG, report.config)

@@ -216,6 +216,19 @@ def test_a_plain_folder_takes_other_truth_than_what_lies_beside_it(tmp_path):
     assert read_folder(tmp_path, '.', None, 'none').frames[0].load_depth_m is None
 
 
+@pytest.mark.parametrize('seconds', [True, False])
+def test_image_names_that_are_stamps_are_the_stamps(tmp_path, seconds):
+    folder(tmp_path)
+    (tmp_path / 'associations.txt').unlink()
+    stamps = [1_700_000_000_000_000_000 + 133_333_333 * i for i in range(3)]
+    for image, stamp in zip(sorted((tmp_path / 'color').iterdir()), stamps):
+        name = f'{stamp // 10**9}.{stamp % 10**9:09d}' if seconds else str(stamp)
+        image.rename(image.with_name(f'{name}.png'))
+    clip = read_folder(tmp_path)
+    assert [f.stamp_ns for f in clip.frames] == stamps and clip.remarks == ()
+    assert len([f for f in clip.frames if f.T_world_camera is not None]) == 3
+
+
 def test_another_truth_gives_the_frames_other_poses(tmp_path):
     scene = folder(tmp_path)
     clip = read_folder(tmp_path)

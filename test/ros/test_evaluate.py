@@ -4,9 +4,19 @@ import json
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
-from recordings import CAMERA_FRAME, MESSAGES, SMALL, stamp, true_pose, true_tf, write_images
+from recordings import (
+    CAMERA_FRAME,
+    MESSAGES,
+    SMALL,
+    picture,
+    stamp,
+    true_pose,
+    true_tf,
+    write_images,
+)
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / 'core'))
 
@@ -14,6 +24,8 @@ import dataset_miniatures as miniatures
 
 from stream3r_core.errors import DataError
 from stream3r_core.evaluation.report import read_report
+from stream3r_core.evaluation.trajectory import ate
+from stream3r_core.evaluation.trajectory_files import read_trajectory
 from stream3r_ros.cli import main
 from stream3r_ros.clips import bag_clip
 
@@ -108,6 +120,33 @@ def test_depth_that_cannot_be_placed_is_a_remark_and_an_error_when_asked_for(tmp
     with pytest.raises(DataError, match='elsewhere'):
         bag_clip(bag, depth_topic='/depth/image')
     assert bag_clip(bag, depth_topic='none').remarks == ()
+
+
+def test_evaluation_and_replay_give_the_same_trajectory(bag, tmp_path):
+    evaluated(tmp_path / 'out', bag)
+    assert main(['replay', str(bag), '--output', str(tmp_path / 'replay'), *SMALL]) == 0
+    ours, theirs = (
+        read_trajectory(tmp_path / name / 'trajectory.tum') for name in ('out', 'replay')
+    )
+    assert ours.stamps_ns.tolist() == theirs.stamps_ns.tolist()
+    assert ate(theirs, ours, 'origin').rmse < 1e-6  # replay may turn the map frame upright
+
+
+def test_a_video_is_compared_with_a_file_without_being_held_in_memory(tmp_path):
+    writer = cv2.VideoWriter(
+        str(tmp_path / 'run.avi'), cv2.VideoWriter_fourcc(*'MJPG'), 10, (80, 60)
+    )
+    lines = []
+    for index in range(5):
+        writer.write(picture(index)[..., ::-1])
+        x, y, z = true_pose(index)[:3, 3]
+        lines.append(f'{1 + 0.1 * index:.9f} {x} {y} {z} 0 0 0 1')
+    writer.release()
+    (tmp_path / 'truth.txt').write_text('\n'.join(lines))
+    truth = ('--ground-truth', tmp_path / 'truth.txt')
+    report = read_report(evaluated(tmp_path / 'out', tmp_path / 'run.avi', *truth))
+    assert report.value('associated poses') == 5
+    assert report.source['ground_truth'] == [str(tmp_path / 'truth.txt')]
 
 
 def test_a_file_and_a_topic_stand_side_by_side_as_truths(bag, tmp_path):

@@ -112,6 +112,13 @@ def read_stamped_list(path: Path) -> tuple[np.ndarray, list[list[str]]]:
     return np.array(stamps, dtype=np.int64), columns
 
 
+def stamp_in_name(path: Path) -> int | None:
+    """Stamp that a file is named by, seconds with decimals or nanoseconds; None: it is not."""
+    if re.fullmatch(r'\d{9,10}\.\d+', path.stem):
+        return parse_stamp_ns(path.stem)
+    return int(path.stem) if re.fullmatch(r'\d{18,19}', path.stem) else None
+
+
 def paired(images: list[Path], others: list, what: str) -> list:
     """Return ``others`` if there is one for each image."""
     if len(images) != len(others):

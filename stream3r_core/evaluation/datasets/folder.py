@@ -1,9 +1,10 @@
 """A plain folder of images with whatever truth lies beside them.
 
 Images lie in the folder, or in ``color``, ``rgb`` or ``images`` below it. Optional beside them:
-``associations.txt`` (stamp_s image [stamp_s depth]) or ``rgb.txt``, ``groundtruth.txt`` (TUM,
-KITTI or EuRoC), ``depth/`` (16-bit PNG in millimetres, or .npy in metres, named like the images)
-and ``intrinsics.json`` (fx, fy, cx, cy of the images, at the top or under "color").
+``associations.txt`` (stamp_s image [stamp_s depth]) or ``rgb.txt``, without which file names that
+are stamps count; ``groundtruth.txt`` (TUM, KITTI or EuRoC); ``depth/`` (16-bit PNG in millimetres,
+or .npy in metres, named like the images); ``intrinsics.json`` (fx, fy, cx, cy of the images, at
+the top or under "color").
 """
 
 from functools import partial
@@ -18,6 +19,7 @@ from stream3r_core.evaluation.datasets.files import (
     load_depth_png,
     read_json,
     read_stamped_list,
+    stamp_in_name,
 )
 from stream3r_core.evaluation.datasets.frames import (
     MADE_UP_STAMPS,
@@ -87,12 +89,10 @@ def _listed(folder: Path):
         images = _photos(folder)
         if not images:
             raise DataError(f'{folder} holds no image; expected {LAYOUT}')
-        return (
-            images,
-            np.array(made_up_stamps(len(images))),
-            [None] * len(images),
-            (MADE_UP_STAMPS,),
-        )
+        named = [stamp_in_name(image) for image in images]
+        remarks = (MADE_UP_STAMPS,) if None in named else ()
+        stamps = made_up_stamps(len(images)) if None in named else named
+        return images, np.array(stamps), [None] * len(images), remarks
     stamps, columns = read_stamped_list(listing)
     if any(len(c) not in (1, 3) for c in columns):
         raise DataError(f'{listing}: expected lines "stamp_s image" or "... stamp_s depth"')

@@ -1,7 +1,7 @@
 """What every dataset reader returns: clips of frames with their truth, loaded on demand."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +11,8 @@ import numpy as np
 from stream3r_core.errors import DataError
 from stream3r_core.evaluation.trajectory import ASSOCIATION_TOLERANCE_NS, Trajectory
 
-FRAME_PERIOD_NS = 33_333_333  # of datasets without stamps: 30 Hz
+MADE_UP_RATE_HZ = 30  # of datasets without stamps
+MADE_UP_START_NS = 10**9  # in ROS a stamp of 0 means that there is none
 MADE_UP_STAMPS = 'the dataset has no stamps; 30 Hz is assumed'
 
 
@@ -38,12 +39,13 @@ class Frame:
 class Clip:
     """Frames in the order of time, their true trajectory and remarks for the report.
 
-    ``trajectory`` is the full true trajectory where the dataset has one of its own rate; without
-    it the poses of the frames count.
+    ``frames`` is a tuple, or another collection that can be walked through again and again and
+    loads its frames as they are asked for. ``trajectory`` is the full true trajectory where the
+    dataset has one of its own rate; without it the poses of the frames count.
     """
 
     name: str
-    frames: tuple[Frame, ...]
+    frames: Collection[Frame]
     trajectory: Trajectory | None = None
     remarks: tuple[str, ...] = ()
 
@@ -69,7 +71,7 @@ class Clip:
         )
 
     def with_truth(self, truth: Trajectory | None) -> 'Clip':
-        """Return the clip with another true trajectory, and its poses in the frames.
+        """Return the clip with another true trajectory, and its poses in a tuple of frames.
 
         A trajectory without stamps must have one pose per frame.
         """
@@ -81,10 +83,12 @@ class Clip:
                 )
             stamps = np.array([frame.stamp_ns for frame in self.frames])
             truth = Trajectory(stamps, truth.T_world_camera, truth.name)
-        frames = tuple(
-            dataclasses.replace(frame, T_world_camera=pose_at(truth, frame.stamp_ns))
-            for frame in self.frames
-        )
+        frames = self.frames
+        if isinstance(frames, tuple):
+            frames = tuple(
+                dataclasses.replace(frame, T_world_camera=pose_at(truth, frame.stamp_ns))
+                for frame in frames
+            )
         return dataclasses.replace(self, frames=frames, trajectory=truth)
 
     def take(self, indices) -> 'Clip':
@@ -135,7 +139,12 @@ def resized_K(K: np.ndarray, size_hw: tuple[int, int], new_size_hw: tuple[int, i
 
 def made_up_stamps(number: int) -> list[int]:
     """Stamps at 30 Hz for datasets that have none."""
-    return [index * FRAME_PERIOD_NS for index in range(number)]
+    return [made_up_stamp(index) for index in range(number)]
+
+
+def made_up_stamp(index: int) -> int:
+    """Stamp of a frame of a dataset that has none."""
+    return MADE_UP_START_NS + round(index * 1e9 / MADE_UP_RATE_HZ)
 
 
 def pose_at(truth: Trajectory | None, stamp_ns: int) -> np.ndarray | None:

@@ -18,10 +18,10 @@ from stream3r_core.evaluation.datasets.files import (
     read_stamped_list,
 )
 from stream3r_core.evaluation.datasets.frames import (
-    FRAME_PERIOD_NS,
     MADE_UP_STAMPS,
     Clip,
     Dataset,
+    made_up_stamp,
     nearest_within,
     pinhole,
 )
@@ -147,7 +147,7 @@ def read_icl(root: Path, name: str) -> Clip:
         frames.append(
             file_frame(
                 folder / column[2],
-                number // 10**9 * FRAME_PERIOD_NS,
+                made_up_stamp(number // 10**9),
                 K=ICL_K,
                 T_world_camera=pose_of.get(number),
                 load_depth_m=partial(load_depth, folder / column[0]),
