@@ -4,6 +4,7 @@ from setuptools import find_packages, setup
 
 package_name = 'stream3r_ros'
 # Sim(3) factors came with GTSAM 4.3, which has no wheel for CPython 3.10.
+train = ['accelerate', 'tensorboard']
 backend = ['gtsam>=4.3; python_version >= "3.11"', 'faiss-cpu']
 
 setup(
@@ -38,12 +39,12 @@ setup(
         'trimesh',
     ],
     extras_require={
-        'test': ['pytest', 'hypothesis', 'ruff', 'triton', 'wheel', *backend],
+        'test': ['pytest', 'hypothesis', 'ruff', 'triton', 'wheel', *backend, *train],
         'backend': backend,
         'gpu': ['triton', 'flash-attn'],
         'open3d': ['open3d'],
         'viewer': ['viser'],
-        'train': ['accelerate', 'tensorboard'],
+        'train': train,
         'ray': ['ray'],
         'rerun': ['rerun-sdk'],
         # Real ROS 2 (Jazzy) for machines without a ROS installation; x86_64 only.
