@@ -3,8 +3,8 @@ from glob import glob
 from setuptools import find_packages, setup
 
 package_name = 'stream3r_ros'
-# Sim(3) factors came with GTSAM 4.3, which has no wheel for CPython 3.10.
 train = ['accelerate', 'tensorboard']
+# Sim(3) factors came with GTSAM 4.3, which has no wheel for CPython 3.10.
 backend = ['gtsam>=4.3; python_version >= "3.11"', 'faiss-cpu']
 
 setup(
