@@ -59,7 +59,8 @@ class Trajectory:
     @property
     def quat_xyzw(self) -> np.ndarray:
         """Unit quaternions [N, 4] of the camera-to-world rotations, w >= 0."""
-        return Rotation.from_matrix(self.T_world_camera[:, :3, :3]).as_quat(canonical=True)
+        quat = Rotation.from_matrix(self.T_world_camera[:, :3, :3]).as_quat()
+        return np.where(quat[:, 3:] < 0, -quat, quat)
 
     @cached_property
     def distance_m(self) -> np.ndarray:
