@@ -1,5 +1,6 @@
 """The node as a process: it starts or says why not, and it ends when told to."""
 
+import os
 import signal
 import socket
 import time
@@ -7,7 +8,7 @@ import time
 import pytest
 
 pytestmark = pytest.mark.ros
-END_S = 3.0  # from the signal to the end of the process
+END_S = 3.0  # from the signal to the end of the process, on an idle machine
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 
 
@@ -20,7 +21,7 @@ def end(process, number):
 
 def assert_clean(live, code, took_s):
     assert code == 0, live.log
-    assert took_s < END_S
+    assert took_s < END_S * max(1.0, os.getloadavg()[0] / os.cpu_count())
     assert 'Traceback' not in live.log and 'Error' not in live.log
 
 
