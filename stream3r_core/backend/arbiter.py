@@ -68,7 +68,10 @@ class LoopArbiter:
         if not (graph.has_news or self._proposed or not graph.is_settled):
             return False
         moves = graph.moves_on_step
-        entering = [edge for edge in self._supported() if self._is_likely(edge)]
+        entering: list[Edge] = []
+        for edge, friends in self._supported():
+            if self._is_likely(edge, friends, entering):
+                entering.append(edge)
         if not (moves or entering):
             graph.step()
             return False
@@ -81,24 +84,24 @@ class LoopArbiter:
             self._contest()
         return True
 
-    def _supported(self) -> list[Edge]:
-        """Proposed loops, and waiting ones, that neighbours agree with."""
+    def _supported(self) -> list[tuple[Edge, list[Edge]]]:
+        """Proposed loops, and waiting ones, that neighbours agree with; and these neighbours."""
         proposed, self._proposed = self._proposed, []
         reach, needed = self.loop_config.neighbours, self.loop_config.min_support
-        supported = []
+        supported: list[tuple[Edge, list[Edge]]] = []
         for edge in proposed:
             inside = self.graph.loops_at(range(edge.keys[1] - reach, edge.keys[1] + reach + 1))
-            others = (*reversed(inside), *supported, *reversed(self.waiting), *self.doubted)
+            new = [other for other, _ in supported]
+            others = (*reversed(inside), *new, *reversed(self.waiting), *self.doubted)
             friends = list(islice(self._friends(edge, others), needed))
-            edge.has_proved_friend = any(f in inside and not f.on_trial for f in friends)
             if len(friends) < needed:
                 self.waiting.append(edge)
                 continue
-            supported.append(edge)
+            supported.append((edge, friends))
             for friend in friends:
                 if friend in self.waiting:
                     self.waiting.remove(friend)
-                    supported.append(friend)
+                    supported.append((friend, [edge]))
         return supported
 
     def _friends(self, edge: Edge, others: Iterable[Edge]) -> Iterator[Edge]:
@@ -110,9 +113,12 @@ class LoopArbiter:
             if is_near and other is not edge and self.graph.disagreement(edge, other) <= LIKELY:
                 yield other
 
-    def _is_likely(self, edge: Edge) -> bool:
-        """Whether gathered drift explains a loop, or one that is proved; otherwise doubt it."""
-        if edge.has_proved_friend or self.graph.tensions([edge])[0] <= LIKELY:
+    def _is_likely(self, edge: Edge, friends: list[Edge], entering: list[Edge]) -> bool:
+        """Whether gathered drift explains a loop, or one that it agrees with; or doubt it."""
+        inside = self.graph.loops_at(friend.keys[1] for friend in friends)
+        if any(f in entering or (f in inside and not f.on_trial) for f in friends):
+            return True
+        if self.graph.tensions([edge])[0] <= LIKELY:
             return True
         if self.graph.has_news:
             self.graph.step()  # marginal covariances are of what iSAM2 knows

@@ -31,7 +31,6 @@ class Edge:
     measurement: np.ndarray
     covariance: np.ndarray
     on_trial: bool = True  # a loop that is new in the graph: without kernel, so that it can pull
-    has_proved_friend: bool = False  # a loop in the graph that has stood its trial agrees
     times_off: int = 0  # that a loop was in the graph and taken out again
     slot: int | None = None  # of the factor in iSAM2
 
