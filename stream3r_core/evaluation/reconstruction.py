@@ -253,14 +253,13 @@ def _to_open3d(points: np.ndarray):
 
 
 def _thinned(source, target, max_points: int):
-    """Both clouds on the finest voxel grid, of doubling size, that leaves ``max_points``."""
+    """Both clouds on the first voxel grid, of doubling size, that leaves ``max_points``."""
     voxel_m = 0.0
-    thin_source, thin_target = source, target
     extent = float(np.max(target.get_max_bound() - target.get_min_bound())) or 1.0
-    while max(len(thin_source.points), len(thin_target.points)) > max_points:
-        voxel_m = voxel_m * 2 if voxel_m else extent / 4096
-        thin_source, thin_target = (c.voxel_down_sample(voxel_m) for c in (source, target))
-    return thin_source, thin_target, voxel_m
+    while max(len(source.points), len(target.points)) > max_points:
+        voxel_m = voxel_m * 2 if voxel_m else extent / 1024
+        source, target = (cloud.voxel_down_sample(voxel_m) for cloud in (source, target))
+    return source, target, voxel_m
 
 
 @dataclass(frozen=True)
