@@ -94,9 +94,10 @@ class Observer:
 
     def _take_transforms(self, name: str, raw: bytes) -> None:
         transforms = deserialize_message(raw, rclpy_class(TOPICS[name].type)).transforms
-        self.num_transforms += len(transforms)
-        self.last_stamp_ns = header_stamp_ns(transforms[0])
-        self._write(name, raw, self.last_stamp_ns)
+        if transforms:
+            self.num_transforms += 1
+            self.last_stamp_ns = header_stamp_ns(transforms[0])
+            self._write(name, raw, self.last_stamp_ns)
 
     def _write(self, name: str, raw: bytes, stamp: int) -> None:
         topic = TOPICS[name]
