@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -65,7 +66,9 @@ def test_golden_values_of_the_reference_protocol_are_reproduced():
 def run_evo(command, truth, estimate, *options, home):
     """Statistics that evo's own command line writes for two TUM files."""
     result = home / f'{command}{"".join(options)}.zip'.replace(' ', '')
-    executable = Path(sys.executable).parent / command
+    places = (str(Path(sys.executable).parent), os.environ['PATH'])
+    executable = shutil.which(command, path=os.pathsep.join(places))
+    assert executable, f'{command} comes with evo, which this package needs'
     subprocess.run(
         [executable, 'tum', truth, estimate, *options, '--save_results', result],
         env={**os.environ, 'HOME': str(home), 'MPLBACKEND': 'Agg'},
