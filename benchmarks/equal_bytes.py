@@ -82,6 +82,7 @@ def policies(model, tokens, budget, overrides):
     stac = from_dict(CacheConfig, {**overrides, 'max_bytes': budget})
     paper = PublishedCacheConfig(max_bytes=budget)
     return {
+        'dense': {'mode': 'causal'},
         'window': {'mode': 'window', 'window': largest(window_fits, 1)},
         'heavy hitters': {'mode': 'stac', 'cache': heavy(largest(heavy_fits, 1))},
         'stac_paper': {'mode': 'stac_paper', 'cache': paper},
@@ -89,7 +90,6 @@ def policies(model, tokens, budget, overrides):
             'mode': 'stac_paper', 'cache': dataclasses.replace(paper, bounded=True)
         },
         'stac': {'mode': 'stac', 'cache': stac},
-        'dense': {'mode': 'causal'},
     }  # fmt: skip
 
 
@@ -128,8 +128,11 @@ def run(model, sequence, options):
     return predictions, float(np.mean(milliseconds[20:])), live, allocated
 
 
-def judge(sequence, predictions):
-    """Errors over all frames, and over the second round alone under the same alignment."""
+def judge(sequence, predictions, dense):
+    """Errors over all frames, and over the second round alone under the same alignment.
+
+    The distance from the dense session says what a policy forgets, whatever the network is worth.
+    """
     half = len(predictions) // 2
     depth = DepthAccumulator()
     for prediction, truth in zip(predictions, sequence.depth_m):
@@ -140,6 +143,10 @@ def judge(sequence, predictions):
     truth = Trajectory(stamps, sequence.T_world_camera.double().numpy())
     estimate = Trajectory(stamps, torch.stack([p.T_world_camera for p in predictions]).double())
     error = ate(truth, estimate)
+    apart = [(p.depth / d.depth).log().abs().mean() for p, d in zip(predictions, dense)]
+    moved = [
+        (p.T_world_camera - d.T_world_camera)[:3, 3].norm() for p, d in zip(predictions, dense)
+    ]
     return {
         'abs_rel': errors.abs_rel,
         'delta_1': errors.delta_1,
@@ -147,6 +154,8 @@ def judge(sequence, predictions):
         'ate_m': error.rmse,
         'ate_m, 2nd round': float(np.sqrt(np.mean(np.square(error.errors[half:])))),
         'rpe_m': rpe(truth, estimate).rmse,
+        'depth from dense, log': float(torch.stack(apart[half:]).mean()),
+        'position from dense': float(torch.stack(moved[half:]).mean()),
     }
 
 
@@ -170,13 +179,15 @@ def main():
     budget = arguments.budget_frames * kv_frame
     overrides = {k: json.loads(v) for k, v in (pair.split('=', 1) for pair in arguments.set)}
     chosen = policies(model, tokens, budget, overrides)
-    chosen = {n: o for n, o in chosen.items() if not arguments.only or n in arguments.only}
+    only = {'dense', *arguments.only} if arguments.only else set(chosen)
+    chosen = {name: options for name, options in chosen.items() if name in only}
     results = {name: [] for name in chosen}
     for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
-        sequence = walk(seed, arguments.frames, arguments.size)
+        sequence, dense = walk(seed, arguments.frames, arguments.size), None
         for name, options in chosen.items():
             predictions, ms, live, allocated = run(model, sequence, options)
-            row = judge(sequence, predictions)
+            dense = predictions if name == 'dense' else dense
+            row = judge(sequence, predictions, dense)
             row |= {'ms': ms, 'live bytes': live, 'allocated bytes': allocated}
             results[name].append(row)
             print(seed, name, {k: float(f'{v:.4g}') for k, v in row.items()}, flush=True)

@@ -232,7 +232,12 @@ class CacheConfig:
     )
     pinned_frames: tuple[int, ...] = option((0,), 'frames kept whole for ever')
     heavy_hitters: int = option(2, 'frames of the most attended older tokens', minimum=0)
-    retrieved: int = option(2, 'frames of tokens brought back from the pool', minimum=0)
+    retrieved: int = option(
+        2,
+        'frames of tokens brought back from the pool for each step; -1: all of the pool is '
+        'attended to where it is, which costs time and no copy',
+        minimum=-1,
+    )
     score: str = option(
         'attention',
         "what makes a heavy hitter: 'attention' received, or 'residual', the size of the update "

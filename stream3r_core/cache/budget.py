@@ -29,12 +29,35 @@ class Plan:
     pool_voxels: int = 0
     carry: int = 0  # tokens per layer and head that may wait for a step
 
-    def make_pool(self, device: torch.device) -> TokenPool:
-        """Allocate the pool."""
-        return TokenPool(
-            self.layout.layers * self.layout.heads, self.pool_tokens, self.pool_voxels,
-            self.layout.head_dim, self.rule, self.carry, self.dtype, device,
+    def allocate(self, device: torch.device) -> tuple[WorkingCache, TokenPool | None]:
+        """Allocate working memory and pool."""
+        layout = self.layout
+        working = WorkingCache(layout, self.dtype, device)
+        if not layout.has_pool:
+            return working, None
+        return working, TokenPool(
+            layout.layers * layout.heads, self.pool_tokens, self.pool_voxels, layout.head_dim,
+            self.rule, self.carry, self.dtype, device,
+            working.kv.flatten(1, 2) if layout.pooled else None,
         )  # fmt: skip
+
+    def with_pool(self, tokens: int, voxels: int) -> 'Plan':
+        """Return the plan with a pool of these sizes."""
+        pooled = tokens + 1 if self.layout.pooled else 0
+        layout = self.layout._replace(pooled=pooled)
+        return dataclasses.replace(self, layout=layout, pool_tokens=tokens, pool_voxels=voxels)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of everything that :class:`StacCache` allocates."""
+        working, pool = self.allocate(META)
+        total = sum(x.nbytes for x in working.tensors())
+        if pool is not None:  # point and confidence per token, mean query per head
+            layout = self.layout
+            total += sum(x.nbytes for x in pool.tensors())
+            total += 16 * layout.frame_slots * layout.frame_tokens
+            total += 4 * layout.layers * layout.heads * layout.head_dim
+        return total
 
     @property
     def token_bytes(self) -> int:
@@ -55,7 +78,9 @@ def make_plan(
     frames = len(config.pinned_frames) + config.window + config.chunk_size
     layout = Layout(
         layers, heads, head_dim, frame_tokens, frames,
-        config.heavy_hitters * frame_tokens, config.retrieved * frame_tokens,
+        config.heavy_hitters * frame_tokens,
+        retrieved=max(0, config.retrieved) * frame_tokens,
+        pooled=int(config.retrieved < 0),  # sized below
     )  # fmt: skip
     rule = MergeRule(
         config.buffer_size, config.num_pivots, config.absorb_threshold, config.drop_gate,
@@ -63,26 +88,25 @@ def make_plan(
     )  # fmt: skip
     plan = Plan(layout, dtype, rule)
     budget = config.max_bytes or DEFAULT_FRAMES * frame_tokens * plan.token_bytes
-    fixed = reserved_bytes + _working_bytes(plan, config)
-    if not config.retrieved:
-        _check_budget(config, budget, fixed)
+    if not layout.has_pool:
+        _check_budget(config, budget, reserved_bytes + plan.num_bytes)
         return plan
     plan = dataclasses.replace(plan, carry=max(8, frame_tokens // 8))
     smallest = -(-frame_tokens // TOKENS_PER_VOXEL)
-    voxels = _affordable_voxels(plan, budget - fixed)
-    if config.bounded and voxels < smallest:
-        needed = fixed + _pool_bytes(plan, TOKENS_PER_VOXEL * smallest, smallest)
-        _check_budget(config, budget, needed)
-    voxels = max(voxels, smallest)
-    return dataclasses.replace(plan, pool_tokens=TOKENS_PER_VOXEL * voxels, pool_voxels=voxels)
+    voxels = _affordable_voxels(plan, budget - reserved_bytes)
+    least = plan.with_pool(TOKENS_PER_VOXEL * smallest, smallest)
+    if voxels < smallest:
+        _check_budget(config, budget, reserved_bytes + least.num_bytes)
+        return least
+    return plan.with_pool(TOKENS_PER_VOXEL * voxels, voxels)
 
 
 def _affordable_voxels(plan: Plan, room: int) -> int:
     """Return how many voxels, with their token slots, fit into ``room`` bytes."""
     for start in (1, NARROW):  # with narrow indices, if the pool is small enough, or wide ones
-        base = _pool_bytes(plan, start, start)
-        per_token = _pool_bytes(plan, start + 1, start) - base
-        per_voxel = _pool_bytes(plan, start, start + 1) - base
+        base = plan.with_pool(start, start).num_bytes
+        per_token = plan.with_pool(start + 1, start).num_bytes - base
+        per_voxel = plan.with_pool(start, start + 1).num_bytes - base
         fixed = base - start * (per_token + per_voxel)
         voxels = (room - fixed) // (per_voxel + TOKENS_PER_VOXEL * per_token)
         if TOKENS_PER_VOXEL * voxels < NARROW:
@@ -98,17 +122,3 @@ def _check_budget(config: CacheConfig, budget: int, needed: int) -> None:
             f'{config.heavy_hitters} frames of heavy hitters, {config.retrieved} retrieved, and '
             f'the least pool need {needed:,}; raise the budget or lower one of them'
         )
-
-
-def _working_bytes(plan: Plan, config: CacheConfig) -> int:
-    layout = plan.layout
-    total = sum(x.nbytes for x in WorkingCache(layout, plan.dtype, META).tensors())
-    if config.retrieved:  # point and confidence per token, mean query per head
-        total += 16 * layout.frame_slots * layout.frame_tokens
-        total += 4 * layout.layers * layout.heads * layout.head_dim
-    return total
-
-
-def _pool_bytes(plan: Plan, tokens: int, voxels: int) -> int:
-    pool = dataclasses.replace(plan, pool_tokens=tokens, pool_voxels=voxels).make_pool(META)
-    return sum(x.nbytes for x in pool.tensors())

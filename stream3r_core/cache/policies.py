@@ -24,7 +24,13 @@ def resolve_cache_config(mode: str, cache: CacheConfig | None) -> CacheConfig | 
         raise ConfigError(
             f'mode {mode!r} takes a {SPATIAL_MODES[mode].__name__}, got {type(cache).__name__}'
         )
-    return from_dict(type(cache), dataclasses.asdict(cache), 'cache')
+    cache = from_dict(type(cache), dataclasses.asdict(cache), 'cache')
+    if cache.retrieved < 0 and not cache.bounded:
+        raise ConfigError(
+            'cache.retrieved=-1 attends to the whole pool, which then needs a bound: set '
+            'cache.bounded=true, or a number of frames to retrieve'
+        )
+    return cache
 
 
 def make_caches(

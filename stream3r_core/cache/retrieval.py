@@ -5,7 +5,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stream3r_core.cache.indexing import take_rows
 from stream3r_core.cache.token_pool import TILE_BYTES, TokenPool
 
 TIER = 1024.0  # height of a tier of ranks; normalised queries and keys stay far below it
@@ -29,11 +28,16 @@ def retrieve(pool: TokenPool, rank: Tensor, num_tokens: int, max_log_count: floa
     nothing = best.isneginf()
     bias = pool.count.gather(1, index).log().clamp_max(max_log_count)
     return Retrieved(
-        take_rows(pool.k, index),
-        take_rows(pool.v, index),
+        *pool.take(index),
         bias.masked_fill(nothing, -torch.inf),
         pool.owner.gather(1, index).long().masked_fill(nothing, -1),
     )
+
+
+def bias_in_place(pool: TokenPool, max_log_count: float) -> Tensor:
+    """Return the bias [G, N + 1] that shows all tokens of the pool where they are."""
+    bias = pool.count.log().clamp_max(max_log_count)
+    return bias.masked_fill(pool.owner < 0, -torch.inf)
 
 
 def rank_by_query(pool: TokenPool, query: Tensor, near: Tensor, max_log_count: float) -> Tensor:

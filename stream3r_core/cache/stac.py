@@ -54,10 +54,10 @@ class StacCache(KVCache):
         self.plan: Plan | None = None
         self.working: WorkingCache | None = None
         self.pool: TokenPool | None = None
-        scored = config.heavy_hitters + config.retrieved > 0
+        scored = config.heavy_hitters > 0 or config.retrieved != 0
         self.needs_column_sums = scored and config.score == 'attention'
         self.needs_updates = scored and config.score == 'residual'
-        self.needs_points = config.retrieved > 0
+        self.needs_points = config.retrieved != 0
         self.needs_queries = config.retrieved > 0 and config.query_retrieval
         self.query_fraction = config.query_fraction
 
@@ -121,7 +121,10 @@ class StacCache(KVCache):
         if self.needs_points:
             self._place(opened, points, conf)
         self.num_frames += sum(keep)
-        if self.config.query_retrieval:
+        if self.config.retrieved < 0:
+            self._evict()
+            self._show_pool()
+        elif self.config.query_retrieval:
             self._evict()
             self._retrieve_by_query()
         else:
@@ -161,9 +164,8 @@ class StacCache(KVCache):
 
     def _allocate(self, plan: Plan, device: torch.device) -> None:
         layout, config = plan.layout, self.config
-        self.working = WorkingCache(layout, plan.dtype, device)
-        if config.retrieved:
-            self.pool = plan.make_pool(device)
+        self.working, self.pool = plan.allocate(device)
+        if self.pool is not None:
             self.voxel_size = VoxelSize(config, device)
             shape = layout.frame_slots, layout.frame_tokens
             self.place = torch.full((*shape, 3), torch.nan, device=device)
@@ -224,7 +226,16 @@ class StacCache(KVCache):
         queries = len(self.working.slots.open) * layout.frame_tokens
         # 1 = the tokens of this voxel drew, in the mean head, the attention of one uniform key.
         share = received * (layout.total / queries / self.pool.num_groups)
-        voxel_value.add_by_slot(self.pool.value, self.working.retrieved_slot.long(), share)
+        if layout.pooled:
+            slots = self.pool.owner.unflatten(0, share.shape[:2])
+        else:
+            slots = self.working.retrieved_slot
+        voxel_value.add_by_slot(self.pool.value, slots.long(), share)
+
+    def _show_pool(self) -> None:
+        """Let the next step see the whole pool, where it is."""
+        if not self._pool_is_empty:
+            self.working.show_pool(retrieval.bias_in_place(self.pool, self._max_log_count))
 
     def _near(self) -> Tensor:
         """Return which voxels lie around what the recent frames see."""
@@ -274,27 +285,24 @@ class StacCache(KVCache):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens per layer and head that the next frame will find (waits for the device)."""
+        """Tokens per layer and head that the next frame will find, at most (waits)."""
         if self.plan is None:
             return 0
-        retrieved = self.working.retrieved_slot >= 0
-        return self.working.num_hot + int(retrieved.flatten(0, 1).sum(1).max(0).values)
-
-    @property
-    def working_bytes(self) -> int:
-        """Bytes of the keys and values that the next frame will find, all layers together."""
-        return 0 if self.plan is None else self.num_tokens * self.plan.token_bytes
+        layout, seen = self.plan.layout, self.working.retrieved_slot.flatten(0, 1)
+        if layout.pooled and not self._pool_is_empty:
+            seen = self.pool.owner
+        return self.working.num_hot + int((seen >= 0).sum(1).max())
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all live keys and values, the pool included (waits for the device)."""
+        """Bytes of all live keys and values: hot, retrieved and in the pool (waits)."""
         if self.plan is None:
             return 0
-        layout = self.plan.layout
-        pooled = 0 if self.pool is None else int(self.pool.num_tokens)
-        return self.working_bytes + pooled * self.plan.token_bytes // (
-            layout.layers * layout.heads
-        )
+        groups = self.plan.layout.layers * self.plan.layout.heads
+        live = groups * self.working.num_hot + int((self.working.retrieved_slot >= 0).sum())
+        if self.pool is not None:
+            live += int(self.pool.num_tokens)
+        return live * self.plan.token_bytes // groups
 
     @property
     def capacity_bytes(self) -> int:

@@ -53,6 +53,8 @@ class TokenPool:
     """Tokens of G groups in at most V voxels and N token slots per group.
 
     ``carry`` is how many tokens per group may wait for the next step when their row is full.
+    ``home`` [2, G, first + N + 1, D]: keys and values live there, from ``first`` on, and not in
+    storage of the pool's own.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class TokenPool:
         carry: int,
         dtype: torch.dtype,
         device: torch.device,
+        home: Tensor | None = None,
     ):
         def full(value, *shape, dtype=torch.float32):
             return torch.full(shape, value, dtype=dtype, device=device)
@@ -72,8 +75,11 @@ class TokenPool:
         G, N = num_groups, num_tokens
         self.rule = rule
         # The last slot of each group, and the last voxel of the table, swallow what is dropped.
-        self.k = full(0, G, N + 1, head_dim, dtype=dtype)
-        self.v = full(0, G, N + 1, head_dim, dtype=dtype)
+        self._owns_kv = home is None
+        kv = full(0, 2, G, N + 1, head_dim, dtype=dtype) if home is None else home
+        self._k, self._v = kv
+        self.capacity = N  # token slots per group
+        self._first = kv.shape[2] - N - 1
         self.weight, self.score_sum, self.count = (full(0, G, N + 1) for _ in range(3))
         self.owner = full(-1, G, N + 1, dtype=index_type(num_voxels))  # voxel slot, -1: free
         entries = rule.num_pivots + rule.buffer_size - 1
@@ -89,21 +95,35 @@ class TokenPool:
         self.books = Books(*full(0, len(Books._fields), dtype=torch.int64))
 
     def tensors(self) -> list[Tensor]:
-        """Return everything that is allocated."""
+        """Return everything that the pool has allocated."""
         return [
-            *(self.k, self.v, self.weight, self.score_sum, self.count, self.owner, self.table),
+            *((self._k, self._v) if self._owns_kv else ()),
+            *(self.weight, self.score_sum, self.count, self.owner, self.table),
             *(self.voxels.keys, self.voxels.slots, self.value, *self.carried, *self.books),
         ]
 
     @property
-    def num_groups(self) -> int:
-        """Heads of all layers together."""
-        return self.k.shape[0]
+    def k(self) -> Tensor:
+        """Keys [G, N + 1, D] of all token slots and the spare one, a view."""
+        return self._k[:, self._first :]
 
     @property
-    def capacity(self) -> int:
-        """Token slots per group."""
-        return self.k.shape[1] - 1
+    def v(self) -> Tensor:
+        """Values [G, N + 1, D] of all token slots and the spare one, a view."""
+        return self._v[:, self._first :]
+
+    def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values [G, n, D] of token slots ``index`` [G, n]."""
+        return self._take(slice(None), index)
+
+    def _take(self, groups: slice, index: Tensor) -> tuple[Tensor, Tensor]:
+        index = index + self._first
+        return take_rows(self._k[groups], index), take_rows(self._v[groups], index)
+
+    @property
+    def num_groups(self) -> int:
+        """Heads of all layers together."""
+        return len(self._k)
 
     @property
     def num_tokens(self) -> Tensor:
@@ -146,7 +166,7 @@ class TokenPool:
         self.voxels.remove(~live & ~carried)
 
     def _groups_per_tile(self, num_tokens: int) -> int:
-        entries, dim = self.table.shape[2], self.k.shape[2]
+        entries, dim = self.table.shape[2], self._k.shape[2]
         bytes_per_group = 4 * num_tokens * dim * 2 * (2 * entries + self.rule.num_pivots)
         return max(1, TILE_BYTES // bytes_per_group)
 
@@ -170,11 +190,11 @@ class TokenPool:
         live = held >= 0
 
         def take(store):
-            rows = take_rows(store[groups], index)  # [g, R * E, ...]
-            return rows.view(-1, held.shape[2], *store.shape[2:])
+            rows = take_rows(store[groups], index)  # [g, R * E]
+            return rows.view(-1, held.shape[2])
 
         P = self.rule.num_pivots
-        k, v = take(self.k).float(), take(self.v).float()
+        k, v = (x.float().view(-1, held.shape[2], x.shape[2]) for x in self._take(groups, index))
         scores = take(self.score_sum).masked_fill(~live.flatten(0, 1), -torch.inf)
         weight, count = (
             take(x).masked_fill(~live.flatten(0, 1), 0.0)[:, :P] for x in (self.weight, self.count)
@@ -198,17 +218,17 @@ class TokenPool:
         self.books.lost.add_(_total(count.view(held.shape), wanted & (place < 0)))
         place = torch.where(wanted, place, held.masked_fill(~live, -1))  # [g, R, E]
         owner = rows.slot[..., None].expand_as(place)
-        stores = self.k, self.v, self.weight, self.score_sum, self.count, self.owner
-        values = (
-            torch.cat((pivots.k, buffers.k), 1),
-            torch.cat((pivots.v, buffers.v), 1),
+        index = place.masked_fill(place < 0, self.capacity).flatten(1).long()  # [g, R * E]
+        kv = torch.cat((pivots.k, buffers.k), 1), torch.cat((pivots.v, buffers.v), 1)
+        put_rows((self._k[groups], self._v[groups]), index + self._first, kv)
+        stores = self.weight, self.score_sum, self.count, self.owner
+        scalars = (
             torch.cat((pivots.weight, 0 * one), 1),
             torch.cat((pivots.score_sum, buffers.score), 1),
             count,
             owner.masked_fill(place < 0, -1),
         )
-        index = place.masked_fill(place < 0, self.capacity).flatten(1).long()  # [g, R * E]
-        put_rows(tuple(x[groups] for x in stores), index, values)
+        put_rows(tuple(x[groups] for x in stores), index, scalars)
         put_rows((self.table[groups],), rows.slot, (place,))
         self.table[groups, -1] = -1
         self.owner[groups, -1] = -1

@@ -2,7 +2,7 @@
 
 Layout. One tensor [2, L, H, N, D] holds keys and values of all layers and heads, the token axis
 
-    [ frame slots: (pinned + window + chunk) x T | heavy hitters | retrieved ]
+    [ frame slots: (pinned + window + chunk) x T | heavy hitters | retrieved, or the pool itself ]
 
 A frame keeps its slot until it leaves the window, so nothing is shifted and the attention of a
 layer reads one contiguous slice. There is no temporal position, so order means nothing to it;
@@ -33,22 +33,28 @@ class Layout(NamedTuple):
     frame_tokens: int  # T
     frame_slots: int  # pinned + window + chunk
     heavy_hitters: int  # tokens per layer and head
-    retrieved: int  # tokens per layer and head
+    retrieved: int = 0  # tokens per layer and head, copied from the pool
+    pooled: int = 0  # token slots of a pool that is attended to in place
 
     @property
     def hot(self) -> int:
-        """Tokens before the retrieved ones."""
+        """Tokens before those of the pool."""
         return self.frame_slots * self.frame_tokens + self.heavy_hitters
 
     @property
     def total(self) -> int:
         """Tokens of one layer and head."""
-        return self.hot + self.retrieved
+        return self.hot + self.retrieved + self.pooled
+
+    @property
+    def has_pool(self) -> bool:
+        """Whether dropped tokens are of any use."""
+        return self.retrieved + self.pooled > 0
 
     @property
     def scored(self) -> bool:
         """Whether anything asks for the scores of tokens."""
-        return self.heavy_hitters + self.retrieved > 0
+        return self.heavy_hitters > 0 or self.has_pool
 
 
 class WorkingCache:
@@ -64,14 +70,14 @@ class WorkingCache:
         self.num_heavy = 0
         # Zeros, not empty: a NaN behind a -inf mask would still poison the softmax.
         self.kv = full(0, 2, L, H, N, layout.head_dim, dtype=dtype)
-        own_bias = layout.retrieved > 0  # the log-counts differ between layers and heads
+        own_bias = layout.has_pool  # the log-counts differ between layers and heads
         self.bias = full(-torch.inf, L if own_bias else 1, H if own_bias else 1, 1, N)
         scored = layout.scored
         self.score = full(0, L, H, layout.hot if scored else 0)
         self.received = full(0, L, H, N if scored else 0)  # attention in the open step
         self.heavy_key = full(NOWHERE, L, H, layout.heavy_hitters, dtype=torch.int64)
         self.retrieved_slot = full(-1, L, H, layout.retrieved, dtype=torch.int32)
-        self._has_retrieved = False
+        self._sees_pool = False
 
     def tensors(self) -> list[Tensor]:
         """Return everything that is allocated."""
@@ -102,7 +108,7 @@ class WorkingCache:
         used = self.slots.used
         is_prefix = used == list(range(len(used)))
         heavy_follow = not self.num_heavy or len(used) == self.layout.frame_slots
-        if is_prefix and heavy_follow and not self._has_retrieved:
+        if is_prefix and heavy_follow and not self._sees_pool:
             live = len(used) * self.layout.frame_tokens + self.num_heavy
             return Attended(k[:, :, :live], v[:, :, :live])
         bias = self.bias if len(self.bias) == 1 else self.bias[layer, None]
@@ -161,7 +167,7 @@ class WorkingCache:
         key = key.expand(*self.heavy_key.shape[:2], -1)
         key = torch.cat((self.heavy_key[..., : self.num_heavy], key), -1)  # [L, H, c]
         kept, dropped = self._split(index)
-        wanted = self.layout.retrieved and dropped.shape[2]
+        wanted = self.layout.has_pool and dropped.shape[2]
         gone = self._gather(index, key, dropped) if wanted else None
         if kept.shape[2]:
             self._set_heavy(self._gather(index, key, kept))
@@ -212,7 +218,13 @@ class WorkingCache:
         self.kv[1, :, :, span] = tokens.v.unflatten(0, shape)
         self.bias[:, :, 0, span] = tokens.bias.unflatten(0, shape)
         self.retrieved_slot[..., : tokens.slot.shape[1]] = tokens.slot.unflatten(0, shape)
-        self._has_retrieved = True
+        self._sees_pool = True
+
+    def show_pool(self, bias: Tensor) -> None:
+        """Let the tokens of the pool be seen where they are, with bias [G, pooled]."""
+        shape = self.layout.layers, self.layout.heads
+        self.bias[:, :, 0, self.layout.hot :] = bias.unflatten(0, shape)
+        self._sees_pool = True
 
     def clear(self) -> None:
         """Forget everything; storage stays."""
@@ -220,7 +232,7 @@ class WorkingCache:
         self.num_heavy = 0
         self.bias.fill_(-torch.inf)
         self.retrieved_slot.fill_(-1)
-        self._has_retrieved = False
+        self._sees_pool = False
 
     # ---- sizes
 

@@ -184,10 +184,13 @@ def reachable_bytes(*roots):
     return sum(storages.values())
 
 
-@pytest.mark.parametrize('max_bytes', [0, 500_000, 2_000_000])
-def test_300_frames_of_new_space_stay_within_the_budget(max_bytes):
+@pytest.mark.parametrize(
+    ('max_bytes', 'retrieved'), [(0, 1), (500_000, 1), (2_000_000, 1), (500_000, -1)]
+)
+def test_300_frames_of_new_space_stay_within_the_budget(max_bytes, retrieved):
     camera = CameraCache(2, H, D, window=4, num_anchors=4)
-    cache = make_cache(replace(SMALL, max_bytes=max_bytes), reserved=camera.capacity_bytes)
+    config = replace(SMALL, max_bytes=max_bytes, retrieved=retrieved)
+    cache = make_cache(config, reserved=camera.capacity_bytes)
     budget = max_bytes or 23 * T * 2 * L * H * D * 4
     walk = Walk(cache)
     sizes, live = set(), []
@@ -232,6 +235,28 @@ def test_coverage_outlives_a_long_walk():
     assert (quarters > 0.1 * quarters.sum()).all(), quarters
 
 
+def test_the_whole_pool_can_be_attended_to_where_it_is():
+    """retrieved = -1 sees what a retrieval of everything sees, without the copy."""
+    copied = make_cache(replace(SMALL, retrieved=9, max_bytes=4_000_000, voxel_fraction=0.3))
+    in_place = make_cache(replace(SMALL, retrieved=-1, max_bytes=4_000_000, voxel_fraction=0.3))
+    walks = [Walk(copied, speed=0.02), Walk(in_place, speed=0.02)]
+    for _ in range(25):
+        for walk in walks:
+            walk.step()
+    pools = [cache.pool for cache in (copied, in_place)]
+    assert int(pools[0].num_tokens) == int(pools[1].num_tokens) > 0
+    assert [int(x.books.evicted) for x in pools] == [0, 0]
+    assert (pools[0].owner >= 0).sum(1).max() <= 9 * T, 'the copy must hold all'
+    assert copied.num_tokens == in_place.num_tokens
+    q = torch.randn(1, H, 4, D)
+    answers = []
+    for cache in (copied, in_place):
+        cache.begin(1)
+        k = torch.ones(1, H, T, D)
+        answers.append(attend(q, *cache.update(0, k, k)))
+    torch.testing.assert_close(*answers)
+
+
 # ---- the host never waits for the device
 
 
@@ -251,9 +276,10 @@ class ForbidWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_steady_step_never_makes_the_host_wait(monkeypatch):
+@pytest.mark.parametrize('retrieved', [1, -1])
+def test_a_steady_step_never_makes_the_host_wait(monkeypatch, retrieved):
     monkeypatch.setattr(merge, 'counted_on_host', lambda device: False)
-    cache = make_cache(replace(SMALL, max_bytes=500_000))
+    cache = make_cache(replace(SMALL, max_bytes=500_000, retrieved=retrieved))
     walk = Walk(cache).run(20)
     with ForbidWaiting():
         walk.run(3)
@@ -409,7 +435,10 @@ def test_points_are_asked_for_when_they_are_missing():
     Walk(cache).run(3)
 
 
-@pytest.mark.parametrize('config', [SMALL, PAPER, replace(SMALL, chunk_size=4, max_bytes=0)])
+@pytest.mark.parametrize(
+    'config',
+    [SMALL, PAPER, replace(SMALL, chunk_size=4, max_bytes=0), replace(SMALL, retrieved=-1)],
+)
 def test_the_same_stream_twice_gives_the_same_bits(config):
     caches = [make_cache(config), make_cache(config)]
     for cache in caches:

@@ -249,6 +249,20 @@ def test_a_gpu_gives_the_same_pool_without_ever_making_the_host_wait():
     assert_same_pool(filled_pool(), pool)
 
 
+def test_a_pool_can_live_in_a_part_of_the_working_memory():
+    plain, generator = filled_pool(), torch.Generator().manual_seed(4)
+    home = torch.zeros(2, G, 7 + 300 + 1, D)
+    home[:, :, :7] = 5.0
+    guest = TokenPool(G, 300, 60, D, RULE, 30, torch.float32, CPU, home)
+    for _ in range(5):
+        guest.insert(random_drop(generator, 60))
+    assert_same_pool(plain, guest)
+    assert (home[:, :, :7] == 5.0).all()
+    assert sum(x.nbytes for x in plain.tensors()) - plain.k.nbytes - plain.v.nbytes == sum(
+        x.nbytes for x in guest.tensors()
+    )
+
+
 def test_clear_forgets_everything_and_keeps_the_storage():
     pool = filled_pool()
     where = [x.data_ptr() for x in pool.tensors()]

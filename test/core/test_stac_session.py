@@ -217,7 +217,7 @@ def test_any_frames_can_be_pinned():
     assert_same(stream(session, frames), stream(oracle, frames))
 
 
-@pytest.mark.parametrize('config', [SMALL, PAPER])
+@pytest.mark.parametrize('config', [SMALL, PAPER, replace(SMALL, retrieved=-1)])
 def test_a_failed_step_changes_nothing(config, monkeypatch):
     frames = many(SIZES[0], 12)
     mode = 'stac_paper' if config is PAPER else 'stac'
@@ -292,6 +292,11 @@ def test_a_budget_that_cannot_hold_the_working_memory_says_what_it_needs():
 def test_sizes_out_of_range_are_refused(name, value):
     with pytest.raises(ConfigError, match=f'cache.{name}: expected a value'):
         spatial('stream3r', replace(SMALL, **{name: value}))
+
+
+def test_an_unbounded_pool_cannot_be_attended_to_as_a_whole():
+    with pytest.raises(ConfigError, match='needs a bound'):
+        spatial('stream3r', replace(SMALL, retrieved=-1, bounded=False))
 
 
 def test_unknown_policies_and_mixed_up_profiles_are_refused():
