@@ -76,6 +76,8 @@ class StreamSession:
         self.image_config = image or ImageConfig()
         self.cache_config = resolve_cache_config(mode, cache)
         self.cache, self.camera_cache = make_caches(model, self.config, self.cache_config)
+        if 'depth' not in outputs:
+            raise ConfigError(f"outputs must hold 'depth', which every prediction has: {outputs}")
         self.outputs = (*outputs, 'points') if self.cache.needs_points else outputs
         self.num_frames = 0
         self._waiting: list[_Waiting] = []
@@ -112,9 +114,7 @@ class StreamSession:
         list of all n predictions. :meth:`flush` ends a chunk early.
         Raises :class:`InputError` for an unusable image; the stream goes on with the next one.
         """
-        frame, geometry = prepare(image, self.image_config, self.model.config)
-        self._check_frame(frame)
-        self._waiting.append(_Waiting(frame, geometry, stamp_ns, K))
+        self._waiting.append(self._prepared(image, stamp_ns, K))
         if len(self._waiting) < self.chunk_size:
             return None
         predictions = self.flush()
@@ -132,12 +132,21 @@ class StreamSession:
                 f'a chunk takes 1 to {self.chunk_size} images, got {len(images)}, with '
                 f'{len(self._waiting)} waiting from step (flush them first)'
             )
-        for i, image in enumerate(images):
-            frame, geometry = prepare(image, self.image_config, self.model.config)
-            self._check_frame(frame)
-            stamp_ns, K = (None if x is None else x[i] for x in (stamps_ns, Ks))
-            self._waiting.append(_Waiting(frame, geometry, stamp_ns, K))
+        try:
+            for i, image in enumerate(images):
+                stamp_ns, K = (None if x is None else x[i] for x in (stamps_ns, Ks))
+                self._waiting.append(self._prepared(image, stamp_ns, K))
+        except InputError:
+            self._waiting = []  # a chunk is taken whole or not at all
+            raise
         return self.flush()
+
+    def _prepared(self, image, stamp_ns: int | None, K: Tensor | None) -> _Waiting:
+        if K is not None and tuple(K.shape) != (3, 3):
+            raise InputError(f'expected intrinsics K [3, 3], got {list(K.shape)}')
+        frame, geometry = prepare(image, self.image_config, self.model.config)
+        self._check_frame(frame)
+        return _Waiting(frame, geometry, stamp_ns, K)
 
     def flush(self) -> list[FramePrediction]:
         """Process the images that wait for their chunk to fill; none: an empty list."""
@@ -221,9 +230,10 @@ class StreamSession:
                 f'expected a float image [3, H, W] with H and W multiples of {patch}, '
                 f'got {list(image.shape)}; StreamSession.step resizes camera images'
             )
-        if self._size_hw is not None and tuple(image.shape[-2:]) != self._size_hw:
+        size_hw = self._waiting[0].frame.shape[-2:] if self._waiting else self._size_hw
+        if size_hw is not None and tuple(image.shape[-2:]) != tuple(size_hw):
             raise InputError(
-                f'this stream has {self._size_hw[1]}x{self._size_hw[0]} network images, got '
+                f'this stream has {size_hw[1]}x{size_hw[0]} network images, got '
                 f'{image.shape[2]}x{image.shape[1]}; reset the session to go on with another size'
             )
 

@@ -17,7 +17,10 @@ ICP_VARIANTS = {
     'none': 'no ICP and no normals',
 }
 ICP_MAX_POINTS = 1_000_000  # of either cloud; larger ones are thinned to a stated voxel grid
-OPEN3D_REMEDY = "pip install 'stream3r_ros[open3d]' (and libusb-1.0, libGL of the system)"
+OPEN3D_REMEDY = (
+    "pip install 'stream3r_ros[open3d]', and on a bare Debian "
+    'apt install libusb-1.0-0 libgl1 libgomp1 libx11-6 libegl1'
+)
 SCALE_LIMITS = (1e-3, 1e3)  # of the published protocol
 
 

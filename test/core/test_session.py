@@ -1,9 +1,11 @@
 """The streaming session: golden streams, and equality with the batch passes."""
 
+import numpy as np
 import pytest
 import torch
 from golden_data import MAPS, MODELS, SIZES, golden, golden_network, group, images
 
+from stream3r_core.config import CacheConfig
 from stream3r_core.errors import CacheError, ConfigError, InputError
 from stream3r_core.session import StreamSession
 
@@ -165,7 +167,13 @@ def test_a_full_causal_cache_says_so_and_the_session_is_usable_after_reset():
 
 @pytest.mark.parametrize(
     'options',
-    [{'mode': 'full'}, {'mode': 'dense'}, {'mode': 'window', 'window': 0}, {'window_rule': 'x'}],
+    [
+        {'outputs': ('points',)},
+        {'mode': 'full'},
+        {'mode': 'dense'},
+        {'mode': 'window', 'window': 0},
+        {'window_rule': 'x'},
+    ],
 )
 def test_unusable_options_are_refused(options):
     with pytest.raises(ConfigError):
@@ -176,3 +184,22 @@ def test_unusable_options_are_refused(options):
 def test_tensors_off_the_grid_are_refused(shape):
     with pytest.raises(InputError, match='multiples of 14'):
         StreamSession(golden_network('stream3r')).step_tensor(torch.zeros(shape))
+
+
+def test_an_odd_image_in_a_waiting_chunk_is_refused_and_the_chunk_goes_on():
+    pictures = [np.full((42, 70, 3), level, np.uint8) for level in (40, 90, 140)]
+    cache = CacheConfig(chunk_size=3, max_bytes=2_000_000)
+    session = StreamSession(golden_network('stream3r'), 'stac', cache=cache)
+    assert [session.step(p) for p in pictures[:2]] == [None, None]
+    with pytest.raises(InputError, match='70x42 network images, got'):
+        session.step(np.zeros((70, 70, 3), np.uint8))
+    assert [p.index for p in session.step(pictures[2])] == [0, 1, 2]
+    with pytest.raises(InputError):
+        session.step_chunk([pictures[0], np.zeros((0, 3, 3), np.uint8)])
+    assert session.flush() == []
+
+
+def test_intrinsics_of_another_shape_are_refused():
+    with pytest.raises(InputError, match=r'K \[3, 3\], got \[2, 2\]'):
+        session = StreamSession(golden_network('stream3r'))
+        session.step(np.zeros((42, 70, 3), np.uint8), K=np.eye(2))
