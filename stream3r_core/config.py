@@ -262,13 +262,16 @@ class CacheConfig:
     max_log_count: float = option(
         3.0, 'cap of the log-count of a merged token (with sound_merging)', minimum=0.0
     )
+    voxel_size: float = option(
+        0.0, 'voxel edge in scene units; 0 = a fraction of the depth of the scene', minimum=0.0
+    )
     voxel_fraction: float = option(
-        0.03,
-        'voxel edge as a fraction of the median depth of the first frames; 0 = voxel_size',
+        0.0,
+        'voxel edge as a fraction of the median depth of the first frames; 0 = a little more '
+        'than a token sees at that depth',
         minimum=0.0,
         maximum=1.0,
     )
-    voxel_size: float = option(0.05, 'voxel edge in scene units, if voxel_fraction is 0')
     guard_points: bool = option(
         True, 'tokens without a finite point of usual confidence stay out of the pool'
     )
@@ -314,9 +317,7 @@ class PublishedCacheConfig(CacheConfig):
     bounded: bool = option(False, 'hold max_bytes; false: the spatial pool grows with the scene')
     chunk_size: int = option(4, 'frames processed together', minimum=1, maximum=8)
     sound_merging: bool = option(False, 'merged keys keep their mean norm, log-count is capped')
-    voxel_fraction: float = option(
-        0.0, 'voxel edge as a fraction of the median depth; 0 = voxel_size', minimum=0.0
-    )
+    voxel_size: float = option(0.05, 'voxel edge in scene units', minimum=0.0)
     guard_points: bool = option(False, 'tokens of unusually low confidence stay out of the pool')
     min_confidence: float = option(2.0, 'tau: points of lower confidence have no place')
     query_retrieval: bool = option(False, 'retrieve after eviction, by the current queries')

@@ -25,10 +25,10 @@ def resolve_cache_config(mode: str, cache: CacheConfig | None) -> CacheConfig | 
             f'mode {mode!r} takes a {SPATIAL_MODES[mode].__name__}, got {type(cache).__name__}'
         )
     cache = from_dict(type(cache), dataclasses.asdict(cache), 'cache')
-    if cache.retrieved < 0 and not cache.bounded:
+    if cache.retrieved < 0 and not (cache.bounded and cache.query_retrieval):
         raise ConfigError(
-            'cache.retrieved=-1 attends to the whole pool, which then needs a bound: set '
-            'cache.bounded=true, or a number of frames to retrieve'
+            'cache.retrieved=-1 attends to the whole pool, which needs a bound and leaves nothing '
+            'to retrieve: with bounded=false or query_retrieval=false give a number of frames'
         )
     return cache
 

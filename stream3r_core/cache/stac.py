@@ -121,10 +121,7 @@ class StacCache(KVCache):
         if self.needs_points:
             self._place(opened, points, conf)
         self.num_frames += sum(keep)
-        if self.config.retrieved < 0:
-            self._evict()
-            self._show_pool()
-        elif self.config.query_retrieval:
+        if self.config.query_retrieval:
             self._evict()
             self._retrieve_by_query()
         else:
@@ -232,11 +229,6 @@ class StacCache(KVCache):
             slots = self.working.retrieved_slot
         voxel_value.add_by_slot(self.pool.value, slots.long(), share)
 
-    def _show_pool(self) -> None:
-        """Let the next step see the whole pool, where it is."""
-        if not self._pool_is_empty:
-            self.working.show_pool(retrieval.bias_in_place(self.pool, self._max_log_count))
-
     def _near(self) -> Tensor:
         """Return which voxels lie around what the recent frames see."""
         first_recent = self.num_frames - self.config.window
@@ -251,6 +243,9 @@ class StacCache(KVCache):
     def _retrieve_by_query(self) -> None:
         """Bring back what the queries of this step ask for (the repaired rule)."""
         if self.pool is None or self._pool_is_empty:
+            return
+        if self.plan.layout.pooled:  # no choice to make
+            self.working.show_pool(retrieval.bias_in_place(self.pool, self._max_log_count))
             return
         rank = retrieval.rank_by_query(
             self.pool, self.query.flatten(0, 1), self._near(), self._max_log_count

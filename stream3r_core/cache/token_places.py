@@ -9,6 +9,8 @@ from torch import Tensor
 from stream3r_core.cache.voxel_table import NOWHERE, cell_of, pack
 from stream3r_core.config import CacheConfig
 
+TOKEN_SPACINGS = 1.2  # edge of a voxel, in distances between neighbouring tokens
+
 
 def token_points(
     points: Tensor,  # [n, H, W, 3] world points of new frames, scene units
@@ -42,25 +44,31 @@ def token_points(
 class VoxelSize:
     """The voxel edge in scene units, a scalar on the device.
 
-    With ``voxel_fraction`` it follows the median distance along the optical axis of the first
-    camera over the frames seen, until :meth:`freeze`: from then on voxels have names.
+    Unless ``voxel_size`` fixes it, it is a fraction of the median depth of the first frames, until
+    :meth:`freeze`: from then on voxels have names. The fraction is ``voxel_fraction``, or follows
+    from the angle between neighbouring tokens, so that a voxel is a little larger than what a
+    token sees at that depth, whatever the resolution.
     """
 
     def __init__(self, config: CacheConfig, device: torch.device):
-        self.fraction = config.voxel_fraction
+        self._config = config
         self.edge = torch.full((), config.voxel_size, device=device)
-        self._depths = torch.zeros((), device=device)
-        self._num_frames = 0
-        self._frozen = not self.fraction
+        self._edges = torch.zeros((), device=device)
+        self.reset()
 
     def observe(self, places: Tensor) -> None:
         """Take the places [n, T, 3] of the tokens of new frames, world = first camera."""
         if self._frozen:
             return
-        median = places[..., 2].flatten(1).nanmedian(1).values.abs().nan_to_num(1.0)
-        self._depths += median.sum()
+        depth = places[..., 2].abs()  # [n, T]
+        fraction = self._config.voxel_fraction
+        if not fraction:
+            steps = (places[:, 1:] - places[:, :-1]).norm(dim=-1) / depth[:, 1:]
+            fraction = TOKEN_SPACINGS * steps.nanmedian(1).values
+        edges = fraction * depth.nanmedian(1).values  # [n]
+        self._edges += edges.nan_to_num(1.0).sum()
         self._num_frames += len(places)
-        self.edge.copy_(self.fraction * self._depths / self._num_frames).clamp_min_(1e-9)
+        self.edge.copy_(self._edges / self._num_frames).clamp_min_(1e-9)
 
     def freeze(self) -> None:
         """Fix the edge: tokens are about to be stored under it."""
@@ -73,6 +81,6 @@ class VoxelSize:
 
     def reset(self) -> None:
         """Forget the scene."""
-        self._depths.zero_()
+        self._edges.zero_()
         self._num_frames = 0
-        self._frozen = not self.fraction
+        self._frozen = self._config.voxel_size > 0

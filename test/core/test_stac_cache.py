@@ -334,14 +334,23 @@ def test_b_retrieval_comes_right_after_eviction_by_query_and_late_by_weight():
 
 def test_d_voxels_follow_the_scale_of_the_scene():
     counts = {}
-    for fraction in (0.05, 0.0):
+    for size, fraction in ((0.0, 0.05), (0.0, 0.0), (0.5, 0.0)):
         for scale in (1.0, 100.0):
-            config = replace(SMALL, voxel_fraction=fraction, voxel_size=0.5, max_bytes=3_000_000)
+            config = replace(SMALL, voxel_fraction=fraction, voxel_size=size, max_bytes=3_000_000)
             cache = make_cache(config)
             Walk(cache, scale=scale).run(9)
-            counts[fraction, scale] = int(cache.pool.voxels.count)
-    assert counts[0.05, 1.0] == counts[0.05, 100.0]
-    assert counts[0.0, 1.0] < counts[0.0, 100.0]
+            counts[size, fraction, scale] = int(cache.pool.voxels.count)
+    assert counts[0.0, 0.05, 1.0] == counts[0.0, 0.05, 100.0]
+    assert counts[0.0, 0.0, 1.0] == counts[0.0, 0.0, 100.0] < counts[0.0, 0.05, 1.0]
+    assert counts[0.5, 0.0, 1.0] < counts[0.5, 0.0, 100.0]
+
+
+def test_d_by_default_a_voxel_is_a_little_wider_than_a_token():
+    cache = make_cache(replace(SMALL, voxel_fraction=0.0))
+    Walk(cache).step()
+    place = cache.place[0]
+    spacing = (place[1:] - place[:-1]).norm(dim=-1)
+    assert 0.8 < float(cache.voxel_size.edge / spacing.nanmedian()) < 1.6
 
 
 def test_e_merged_keys_keep_their_norm_and_their_weight_is_capped():

@@ -20,14 +20,14 @@ def test_the_published_profile_has_the_published_numbers():
     assert (c.window, c.chunk_size, c.heavy_hitters, c.retrieved) == (4, 4, 2, 2)
     assert (c.pinned_frames, c.score_decay, c.voxel_size) == ((0,), 0.9, 0.05)
     assert (c.buffer_size, c.num_pivots, c.absorb_threshold, c.drop_gate) == (8, 4, 0.8, 0.2)
-    assert c.min_confidence == 2.0 and c.voxel_fraction == 0
+    assert c.min_confidence == 2.0
 
 
 def test_every_repair_of_the_default_profile_is_off_in_the_published_one():
     repairs = {'bounded', 'query_retrieval', 'sound_merging', 'guard_points', 'skip_still'}
     for name in repairs:
         assert getattr(CacheConfig(), name) and not getattr(PublishedCacheConfig(), name)
-    assert CacheConfig().voxel_fraction > 0
+    assert CacheConfig().voxel_size == 0 < PublishedCacheConfig().voxel_size
     assert (CacheConfig().camera_memory, PublishedCacheConfig().camera_memory) == (
         'anchors', 'window',
     )  # fmt: skip

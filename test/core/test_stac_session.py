@@ -294,9 +294,10 @@ def test_sizes_out_of_range_are_refused(name, value):
         spatial('stream3r', replace(SMALL, **{name: value}))
 
 
-def test_an_unbounded_pool_cannot_be_attended_to_as_a_whole():
+@pytest.mark.parametrize('switch', ['bounded', 'query_retrieval'])
+def test_what_contradicts_attending_to_the_whole_pool_is_refused(switch):
     with pytest.raises(ConfigError, match='needs a bound'):
-        spatial('stream3r', replace(SMALL, retrieved=-1, bounded=False))
+        spatial('stream3r', replace(SMALL, retrieved=-1, **{switch: False}))
 
 
 def test_unknown_policies_and_mixed_up_profiles_are_refused():
