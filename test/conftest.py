@@ -1,12 +1,18 @@
 """Rules for all tests: waiting threads do not spin, and in CI what matters most may not skip."""
 
 import os
+import signal
 from pathlib import PurePath
 
 # Before torch is loaded: on a busy machine its threads otherwise burn tenfold time in waiting.
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
 import pytest
+
+# A shell that starts us in the background ignores SIGINT for all that follows: children that are
+# to be interrupted would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 FAIL_SKIPPED = 'STREAM3R_FAIL_SKIPPED'  # set by .ci/run
 ROS_INSTALLED = 'ROS 2 comes from an installation here'  # a reason of test_interfaces.py
