@@ -1,5 +1,6 @@
 """Batches as a pure function of (seed, draw, process): a resumed run sees the same data."""
 
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -93,7 +94,7 @@ def clip_config(stage: StageConfig, frames: int, rng: random.Random, compiled: b
         height=stage.size_hw[0],
         width=stage.size_hw[1],
         frames=frames,
-        fps=rng.uniform(*stage.fps),
+        fps=frame_rate(stage, frames, rng),
         fov_deg=tuple(stage.fov_deg),
         room_half_m=tuple(stage.room_half_m),
         kind=rng.choice(stage.worlds),
@@ -103,6 +104,14 @@ def clip_config(stage: StageConfig, frames: int, rng: random.Random, compiled: b
         compiled=compiled,
         texture_seed=TRAINING_TEXTURES,
     )
+
+
+def frame_rate(stage: StageConfig, frames: int, rng: random.Random) -> float:
+    """Draw the frame rate of a clip, Hz; none lasts longer than the stage allows."""
+    slowest, fastest = stage.fps
+    if stage.longest_s:
+        slowest = min(max(slowest, (frames - 1) / stage.longest_s), fastest)
+    return math.exp(rng.uniform(math.log(slowest), math.log(fastest)))
 
 
 def rendered(count: int, clip: ClipConfig, seed: int, device: str | torch.device) -> Batch:

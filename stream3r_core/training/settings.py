@@ -21,7 +21,10 @@ class StageConfig:
     )
     size_hw: tuple[int, ...] = option((48, 64), 'image height and width, pixels')
     fps: tuple[float, ...] = option(
-        (4.0, 4.0), 'frame rate between these two; lower means more motion'
+        (4.0, 4.0), 'frame rate between these two, even in its logarithm; lower means more motion'
+    )
+    longest_s: float = option(
+        0.0, 'raises the frame rate of clips that would last longer; 0 = never', minimum=0.0
     )
     room_half_m: tuple[float, ...] = option(
         (1.5, 3.5), 'half the room width between these two, metres'
