@@ -40,11 +40,15 @@ class Calibrator:
     def __init__(self, rectify: str = 'auto'):
         self._rectify = rectify
         self._key: tuple | None = None
-        self._apply: Callable[[np.ndarray], Calibrated] | None = None
+        self._apply: Callable[[np.ndarray, int], Calibrated] | None = None
         self.leaves_distortion = False
 
-    def __call__(self, image: np.ndarray, info: Any) -> Calibrated:
+    def __call__(
+        self, image: np.ndarray, info: Any, interpolation: int = cv2.INTER_LINEAR
+    ) -> Calibrated:
         """Return the image, rectified if need be, with its intrinsics.
+
+        ``interpolation`` of OpenCV; depth takes ``cv2.INTER_NEAREST``, for depths do not mix.
 
         Raises:
             InputError: The calibration is for images of another size, or says nothing usable.
@@ -59,14 +63,14 @@ class Calibrator:
         if key != self._key:
             self._apply = self._prepare(info)
             self._key = key
-        return self._apply(image)
+        return self._apply(image, interpolation)
 
-    def _prepare(self, info: Any) -> Callable[[np.ndarray], Calibrated]:
+    def _prepare(self, info: Any) -> Callable[[np.ndarray, int], Calibrated]:
         K = camera_matrix(info)
-        is_distorted = any(_distortion(info))
+        is_distorted = any(distortion(info))
         self.leaves_distortion = is_distorted and self._rectify == 'never'
         if not is_distorted or self._rectify == 'never':
-            return lambda image: Calibrated(image, K)
+            return lambda image, _: Calibrated(image, K)
         coefficients = _checked_coefficients(info)
         size_wh = info.width, info.height
         K_rectified = rectified_K(K, coefficients, info.distortion_model, size_wh)
@@ -74,7 +78,7 @@ class Calibrator:
         maps = lens.initUndistortRectifyMap(
             K, coefficients, np.eye(3), K_rectified, size_wh, cv2.CV_16SC2
         )
-        return lambda image: Calibrated(cv2.remap(image, *maps, cv2.INTER_LINEAR), K_rectified)
+        return lambda image, how: Calibrated(cv2.remap(image, *maps, how), K_rectified)
 
 
 def rectified_K(
@@ -125,7 +129,7 @@ def _border_pixels(width: int, height: int) -> np.ndarray:  # [N, 2]
 
 
 def _checked_coefficients(info: Any) -> np.ndarray:
-    model, coefficients = info.distortion_model, np.array(_distortion(info), np.float64)
+    model, coefficients = info.distortion_model, np.array(distortion(info), np.float64)
     if model not in _NUM_COEFFICIENTS:
         raise InputError(
             f'camera_info: distortion_model {model!r} is not supported; known: '
@@ -143,9 +147,10 @@ def _checked_coefficients(info: Any) -> np.ndarray:
 
 def _contents(info: Any) -> tuple:
     k = info.k if hasattr(info, 'k') else info.K
-    return info.height, info.width, info.distortion_model, *_distortion(info), *map(float, k)
+    return info.height, info.width, info.distortion_model, *distortion(info), *map(float, k)
 
 
-def _distortion(info: Any) -> list[float]:
+def distortion(info: Any) -> list[float]:
+    """Return the distortion coefficients of a CameraInfo of ROS 1 or 2."""
     d = info.d if hasattr(info, 'd') else info.D  # ROS 1 writes it in capitals
     return list(map(float, d))

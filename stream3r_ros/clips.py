@@ -1,11 +1,13 @@
 """Bags, videos and image files as clips of an evaluation, with the truth that they carry."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 
 from stream3r_core.errors import DataError, InputError
@@ -13,6 +15,7 @@ from stream3r_core.evaluation.datasets.frames import Clip, Frame, pose_at, resiz
 from stream3r_core.evaluation.registration import register_depth
 from stream3r_core.evaluation.trajectory import Trajectory
 from stream3r_ros.bag import DEPTH_ENCODINGS, RAW_IMAGE, BagReader, BagTopic
+from stream3r_ros.calibration import Calibrator, distortion
 from stream3r_ros.config import NodeConfig
 from stream3r_ros.conversions import (
     camera_matrix,
@@ -34,6 +37,7 @@ class _View:
     frame_id: str
     K: np.ndarray | None
     size_hw: tuple[int, int] | None
+    info: Any = None  # the CameraInfo that says so
 
 
 @dataclass(frozen=True)
@@ -50,12 +54,14 @@ def bag_clip(
     depth_topic: str = '',
     truth: Trajectory | str | None = '',
     config: NodeConfig | None = None,
+    rectify: str = 'never',
 ) -> Clip:
     """Return the images of a bag with depth and true poses.
 
     ``depth_topic``: '' finds one, 'none' wants none. ``truth``: a trajectory, the name of a topic
     of the bag, '' to look for one, None for none. Depth of another camera is projected into that
-    of the images where /tf_static and both camera_info topics allow it.
+    of the images where /tf_static and both camera_info topics allow it. ``rectify`` 'auto' removes
+    the distortion that the camera_info of the images tells of, from them and from their depth.
 
     Raises:
         DataError: The bag, or a topic that was named, is not usable.
@@ -64,15 +70,27 @@ def bag_clip(
     with BagReader(path) as bag:
         images = bag.image_topic(image_topic)
         stamps, view = _image_stamps(bag, images)
+        calibrate, view = _rectification(view, rectify)
         depth, remarks = None, []
         if depth_topic != 'none':
-            depth, remarks = _find_depth(bag, depth_topic, view)
+            depth, remarks = _find_depth(bag, depth_topic, view, calibrate)
         if isinstance(truth, str):
             frame_id = camera_frame(view.frame_id, config or NodeConfig())
             truth = bag_truth(bag, truth, frame_id, stamps)
-    frames = BagFrames(Path(path), images, len(stamps), view.K, truth, depth)
+    if calibrate is not None:
+        remarks.append(f'images are rectified as {view.info.distortion_model} lenses need it')
+    frames = BagFrames(Path(path), images, len(stamps), view, truth, depth, calibrate)
     name = f'{Path(path).name} {images.name}'
-    return Clip(name, frames, truth, tuple(remarks))
+    return Clip(name, frames, truth, tuple(remarks), view.frame_id)
+
+
+def _rectification(view: _View, rectify: str) -> tuple[Calibrator | None, _View]:
+    """What removes the distortion of a camera, and that camera without it."""
+    if view.K is None or rectify == 'never' or not any(distortion(view.info)):
+        return None, view
+    calibrate = Calibrator(rectify)
+    blank = np.zeros(view.size_hw, np.uint8)
+    return calibrate, dataclasses.replace(view, K=calibrate(blank, view.info).K)
 
 
 def _image_stamps(bag: BagReader, topic: BagTopic) -> tuple[np.ndarray, _View]:
@@ -95,13 +113,13 @@ def _view(bag: BagReader, topic: str, frame_id: str) -> _View:
         return _View(frame_id, None, None)
     info = bag.deserialize(message)
     try:
-        return _View(frame_id, camera_matrix(info), (info.height, info.width))
+        return _View(frame_id, camera_matrix(info), (info.height, info.width), info)
     except InputError:  # an uncalibrated camera is one without intrinsics
         return _View(frame_id, None, None)
 
 
 def _find_depth(
-    bag: BagReader, wanted: str, images: _View
+    bag: BagReader, wanted: str, images: _View, calibrate: Calibrator | None
 ) -> tuple[_DepthTopic | None, list[str]]:
     """The depth topic to compare with, and remarks about it; registered ones go first."""
     candidates = [_named(bag, wanted)] if wanted else _depth_topics(bag)
@@ -114,7 +132,8 @@ def _find_depth(
             )
         view = _view(bag, topic.name, message.header.frame_id)
         if view.frame_id == images.frame_id:
-            return _DepthTopic(topic.name, _as_it_is), [f'true depth: {topic.name}']
+            rectify = calibrate and partial(_rectified, calibrate=calibrate, info=images.info)
+            return _DepthTopic(topic.name, rectify or _as_it_is), [f'true depth: {topic.name}']
         T_image_depth = static_transform(bag, images.frame_id, view.frame_id)
         if T_image_depth is None or images.K is None or view.K is None:
             refusals.append(
@@ -160,6 +179,10 @@ def _as_it_is(depth_m: np.ndarray) -> np.ndarray:
     return np.nan_to_num(depth_m, nan=0.0)
 
 
+def _rectified(depth_m: np.ndarray, calibrate: Calibrator, info: Any) -> np.ndarray:
+    return calibrate(_as_it_is(depth_m), info, cv2.INTER_NEAREST).image
+
+
 def _registered(depth_m: np.ndarray, **cameras: Any) -> np.ndarray:
     return register_depth(depth_m, **cameras)
 
@@ -176,12 +199,14 @@ class BagFrames:
         path: Path,
         images: BagTopic,
         count: int,
-        K: np.ndarray | None,
+        view: _View,
         truth: Trajectory | None,
         depth: _DepthTopic | None,
+        calibrate: Calibrator | None = None,
     ):
         self._path, self._images, self._count = path, images, count
-        self._K, self._truth, self._depth = K, truth, depth
+        self._view, self._truth, self._depth = view, truth, depth
+        self._calibrate = calibrate
 
     def __len__(self):
         return self._count
@@ -196,11 +221,17 @@ class BagFrames:
                 yield Frame(
                     f'{stamp} ns',
                     stamp,
-                    load_image=partial(image_from_message, message),
-                    K=self._K,
+                    load_image=partial(self._load_image, message),
+                    K=self._view.K,
                     T_world_camera=pose_at(self._truth, stamp),
                     load_depth_m=depth and partial(self._load_depth, depth),
                 )
+
+    def _load_image(self, message: Any) -> np.ndarray:
+        image = image_from_message(message)
+        if self._calibrate is None:
+            return image
+        return self._calibrate(image, self._view.info).image
 
     def _load_depth(self, message: Any) -> np.ndarray:
         try:

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,9 @@ from stream3r_ros.options import (
     output_folder,
 )
 from stream3r_ros.replay import INTERRUPTED, first_interrupt_ends_the_loop
-from stream3r_ros.sources import DEFAULT_RATE_HZ, are_photos, file_source
+from stream3r_ros.results import BAG, RunBag
+from stream3r_ros.sources import DEFAULT_RATE_HZ, FILES_FRAME, are_photos, file_source
+from stream3r_ros.tf import camera_frame
 
 HEADLINES = (
     ('ATE RMSE', 'Sim(3)', 'ATE Sim(3)', 'm'),
@@ -67,6 +69,7 @@ class Task:
     depth: str = ''
     ground_truth: tuple[str, ...] = ()
     rate_hz: float = DEFAULT_RATE_HZ
+    bag: bool = False  # write one
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,6 +82,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_output_arguments(parser)
     add_config_arguments(parser)
     add_recording_arguments(parser)
+    parser.add_argument(
+        '--bag', action='store_true', help='also write pose, depth, clouds and map as a bag (mcap)'
+    )
     parser.add_argument('--suite', choices=tuple(SUITES), help='run a whole published protocol')
     parser.add_argument('--data', metavar='ROOT', help='folder of the datasets of --suite')
     parser.add_argument(
@@ -127,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
     config = config_from_args(args, mode and {'session.mode': mode}, EvaluateConfig)
     if args.suite:
         return _run_suite(args, config)
-    tasks = tasks_from_args(args, config)
+    tasks = [replace(task, bag=args.bag) for task in tasks_from_args(args, config)]
     if len(tasks) == 1:
         return _run_one(tasks[0], args.overwrite)
     return _run_many(tasks, args)
@@ -200,7 +206,15 @@ def _open_files(task: Task, path: Path) -> Clip:
 
 def _open_bag(task: Task, wanted: Sequence[str]) -> tuple[Clip, list[Trajectory]]:
     """Truths of a bag are files, or topics of the bag."""
-    read = partial(bag_clip, task.inputs[0], task.image_topic, task.depth, config=task.config)
+    rectify = task.config.rectify if task.config.evaluation.known_intrinsics else 'never'
+    read = partial(
+        bag_clip,
+        task.inputs[0],
+        task.image_topic,
+        task.depth,
+        config=task.config,
+        rectify=rectify,
+    )
     if not task.ground_truth:
         return read(), []
     truths = [read_trajectory(name) if Path(name).is_file() else name for name in wanted]
@@ -218,10 +232,22 @@ def evaluate_task(task: Task, is_interrupted: Callable[[], bool] = lambda: False
     """Evaluate one input and write its results."""
     clip, more_truths = open_clip(task)
     pipeline = make_pipeline(_model(task.config.model), _core(task.config))
-    config = task.config.evaluation
-    return evaluate(
-        clip, pipeline, task.folder, config, is_interrupted, more_truths, _source(task)
+    compared = partial(
+        evaluate,
+        clip,
+        pipeline,
+        task.folder,
+        task.config.evaluation,
+        is_interrupted,
+        more_truths,
+        _source(task),
     )
+    if not task.bag:
+        return compared()
+    output_folder(task.folder, (BAG,), overwrite=True, inputs=task.inputs[:1])
+    frame_id = camera_frame(clip.camera_frame or FILES_FRAME, task.config)
+    with RunBag(task.folder, task.config, pipeline.map) as bag:
+        return compared(observe=partial(bag.add, camera_frame=frame_id))
 
 
 def _core(config: EvaluateConfig) -> CoreConfig:
@@ -237,7 +263,7 @@ def _source(task: Task) -> dict[str, Any]:
 
 
 def _run_one(task: Task, overwrite: bool) -> int:
-    output_folder(task.folder, FILES, overwrite, task.inputs[:1])
+    output_folder(task.folder, (*FILES, BAG), overwrite, task.inputs[:1])
     with first_interrupt_ends_the_loop() as is_interrupted:
         report = evaluate_task(task, is_interrupted)
     print(headline(report))

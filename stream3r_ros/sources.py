@@ -2,7 +2,6 @@
 
 import itertools
 import logging
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -11,7 +10,7 @@ import cv2
 import numpy as np
 
 from stream3r_core.errors import DataError, InputError
-from stream3r_core.evaluation.trajectory_files import parse_stamp_ns
+from stream3r_core.evaluation.datasets.files import stamp_in_name
 from stream3r_core.image import PHOTO_SUFFIXES, list_photos, load_photo
 from stream3r_ros.bag import BagMessage, BagReader, is_bag
 from stream3r_ros.calibration import Calibrator
@@ -22,7 +21,6 @@ DEFAULT_RATE_HZ = 30.0
 FIRST_STAMP_NS = 10**9  # of frames without stamps; in ROS a stamp of 0 means that there is none
 CAMERA_INFO = 'sensor_msgs/msg/CameraInfo'
 _log = logging.getLogger(__name__)
-_STAMPED_NAMES = re.compile(r'(?P<seconds>\d{9,10}\.\d+)|(?P<nanoseconds>\d{18,19})')
 
 
 class Frame(NamedTuple):
@@ -107,7 +105,7 @@ class ImageFiles:
         self._paths = list(paths)
         self.num_frames = len(self._paths)
         self.name = str(self._paths[0].parent)
-        stamps = [_stamp_in_name(path) for path in self._paths]
+        stamps = [stamp_in_name(path) for path in self._paths]
         if None in stamps:
             stamps = [_made_up_stamp(index, rate_hz) for index in range(self.num_frames)]
         self._stamps_ns = stamps
@@ -203,10 +201,3 @@ def _first_camera_info(bag: BagReader, name: str, image_topic: str):
 
 def _made_up_stamp(index: int, rate_hz: float) -> int:
     return FIRST_STAMP_NS + round(index * 1e9 / rate_hz)
-
-
-def _stamp_in_name(path: Path) -> int | None:
-    match = _STAMPED_NAMES.fullmatch(path.stem)
-    if match is None:
-        return None
-    return parse_stamp_ns(match['seconds']) if match['seconds'] else int(match['nanoseconds'])

@@ -69,6 +69,7 @@ def evaluate(
     is_interrupted: Callable[[], bool] = lambda: False,
     more_truths: Sequence[Trajectory] = (),
     source: Mapping[str, Any] = MappingProxyType({}),
+    observe: Callable[[FramePrediction], None] = lambda prediction: None,
 ) -> Report:
     """Run a clip through a pipeline and write report, trajectories, map and configuration.
 
@@ -76,7 +77,7 @@ def evaluate(
     of a frame, the network is given the image, and K if ``known_intrinsics`` says so. Frames that
     cannot be used are named in the report. The folder is made if need be; files of an earlier run
     in it are replaced. ``more_truths`` are compared with beside the clip's own. ``source`` tells
-    the reader of the report where the input came from.
+    the reader of the report where the input came from. ``observe`` is shown every prediction.
 
     Raises:
         DataError: No frame could be used.
@@ -95,7 +96,7 @@ def evaluate(
     _write_yaml(folder / CONFIG, report.config)
     pipeline.reset()
     with TumWriter(folder / TRAJECTORY) as writer:
-        collected = _run(clip, pipeline, config, report, writer, is_interrupted)
+        collected = _run(clip, pipeline, config, report, writer, is_interrupted, observe)
     collected.log.write(folder / LOG)
     if not report.num_frames:
         reasons = f': {report.refused[0]}' if report.refused else ''
@@ -129,7 +130,7 @@ def _write_yaml(path: Path, content: dict) -> None:
         file.write(yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode())
 
 
-def _run(clip, pipeline, config, report, writer, is_interrupted) -> _Collected:
+def _run(clip, pipeline, config, report, writer, is_interrupted, observe) -> _Collected:
     truth_map = TruthMap(config.truth_voxel_m, config.truth_points)
     collected = _Collected(FrameLog(), None, truth_map, [], [], [])
     strips_due = np.arange(config.depth_strips) * len(clip.frames) / (config.depth_strips or 1)
@@ -138,6 +139,7 @@ def _run(clip, pipeline, config, report, writer, is_interrupted) -> _Collected:
     for answer in tqdm(answers, clip.name, len(clip.frames), unit='frame', disable=None):
         frame, image, prediction = answer.frame, answer.image, answer.prediction
         report.num_frames += 1
+        observe(prediction)
         collected.cameras.append(_camera(answer))
         writer.write(frame.stamp_ns, collected.cameras[-1].T_world_camera)
         if frame.load_depth_m is None:

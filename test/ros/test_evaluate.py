@@ -26,6 +26,7 @@ from stream3r_core.errors import DataError
 from stream3r_core.evaluation.report import read_report
 from stream3r_core.evaluation.trajectory import ate
 from stream3r_core.evaluation.trajectory_files import read_trajectory
+from stream3r_ros.calibration import Calibrator
 from stream3r_ros.cli import main
 from stream3r_ros.clips import bag_clip
 
@@ -120,6 +121,26 @@ def test_depth_that_cannot_be_placed_is_a_remark_and_an_error_when_asked_for(tmp
     with pytest.raises(DataError, match='elsewhere'):
         bag_clip(bag, depth_topic='/depth/image')
     assert bag_clip(bag, depth_topic='none').remarks == ()
+
+
+def test_images_and_depth_are_rectified_when_the_intrinsics_count(tmp_path):
+    lens = MESSAGES.camera_info(np.array([[70.0, 0, 41], [0, 75, 29], [0, 0, 1]]), 60, 80, 0, 'c')
+    lens.d = np.array([-0.25, 0.05, 0.001, 0.0, 0.0])
+    extra = {'/camera/camera_info': lambda index: lens, '/depth/image': depth_of()}
+    bag = write_images(tmp_path / 'bag', extra=extra)
+    frame, as_it_is = (next(iter(bag_clip(bag, rectify=r).frames)) for r in ('auto', 'never'))
+    calibrated = Calibrator()(as_it_is.load_image(), lens)
+    np.testing.assert_array_equal(frame.load_image(), calibrated.image)
+    np.testing.assert_array_equal(frame.K, calibrated.K)
+    depth, bent = frame.load_depth_m(), as_it_is.load_depth_m()
+    assert (depth != bent).any() and np.isin(depth, bent).all()  # moved, never mixed
+
+
+def test_an_evaluation_writes_the_bag_of_a_replay(bag, tmp_path):
+    evaluated(tmp_path / 'out', bag, '--bag')
+    assert main(['replay', str(bag), '--output', str(tmp_path / 'replay'), *SMALL]) == 0
+    ours, theirs = ((tmp_path / n / 'bag' / 'bag.mcap').read_bytes() for n in ('out', 'replay'))
+    assert ours == theirs
 
 
 def test_evaluation_and_replay_give_the_same_trajectory(bag, tmp_path):

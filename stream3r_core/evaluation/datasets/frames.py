@@ -41,13 +41,15 @@ class Clip:
 
     ``frames`` is a tuple, or another collection that can be walked through again and again and
     loads its frames as they are asked for. ``trajectory`` is the full true trajectory where the
-    dataset has one of its own rate; without it the poses of the frames count.
+    dataset has one of its own rate; without it the poses of the frames count. ``camera_frame`` is
+    the name of the camera's frame, where the input has one.
     """
 
     name: str
     frames: Collection[Frame]
     trajectory: Trajectory | None = None
     remarks: tuple[str, ...] = ()
+    camera_frame: str = ''
 
     def __post_init__(self):
         if not self.frames:
