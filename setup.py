@@ -39,7 +39,7 @@ setup(
         'trimesh',
     ],
     extras_require={
-        'test': ['pytest', 'hypothesis', 'ruff', 'triton', 'wheel', *backend, *train],
+        'test': ['pytest', 'hypothesis', 'psutil', 'ruff', 'triton', 'wheel', *backend, *train],
         'backend': backend,
         'gpu': ['triton', 'flash-attn'],
         'open3d': ['open3d'],

@@ -84,6 +84,7 @@ class SaveMapConfig:
     ply: bool = option(True, 'write the map as PLY', live=True)
     pcd: bool = option(False, 'write the map as PCD', live=True)
     tum: bool = option(True, 'write the trajectory in the TUM format', live=True)
+    on_exit: bool = option(False, 'save also when the node ends, on a signal say')
     max_poses: int = option(
         200_000, 'poses kept for the trajectory; beyond it the oldest are forgotten', minimum=1
     )

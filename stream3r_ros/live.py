@@ -92,8 +92,8 @@ class LiveReconstruction:
             self._map_stamp_ns = prediction.stamp_ns
             self._find_scale(prediction, frame, config)
             carrier = self._carrier(frame, prediction.stamp_ns, config)
-            self._publishers.publish(prediction, frame, config, carrier)
             self._recorder.add(prediction.stamp_ns, prediction.T_world_camera.numpy())
+            self._publishers.publish(prediction, frame, config, carrier)
             self._track(prediction, config)
         self.figures = self._figures()
 

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, wait
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import rclpy.task
@@ -37,7 +38,7 @@ from stream3r_ros.logging_bridge import Throttled, forward_logging, stop_forward
 from stream3r_ros.parameters import NodeParameters
 from stream3r_ros.publishers import Publishers
 from stream3r_ros.qos import SENSOR_DATA, Qos
-from stream3r_ros.recorder import plain_names, save_snapshot
+from stream3r_ros.recorder import check_saving, save_snapshot
 from stream3r_ros.tf import check_frames
 from stream3r_ros.transforms import TransformBuffer
 from stream3r_ros.worker import Worker
@@ -74,6 +75,8 @@ class Stream3rNode(LifecycleNode):
         )
         self._options = NodeParameters(self)
         check_frames(self.config)
+        if self.config.save_map.on_exit:
+            check_saving(self.config.save_map)
         self.ended = rclpy.task.Future()
         self._state, self._is_paused = 'unconfigured', False
         self._statistics = FrameStatistics(self.config.status.latency_window)
@@ -214,8 +217,8 @@ class Stream3rNode(LifecycleNode):
         success = TransitionCallbackReturn.SUCCESS
         return self.trigger_configure() == success and self.trigger_activate() == success
 
-    def close(self, timeout_s: float) -> bool:
-        """Stop both threads; return whether they ended within ``timeout_s``."""
+    def close(self, timeout_s: float) -> None:
+        """Stop the threads; waits up to ``timeout_s`` for what they have in work."""
         self._state = 'finalized'
         end = time.monotonic() + timeout_s
         workers = [
@@ -223,9 +226,25 @@ class Stream3rNode(LifecycleNode):
             for worker in (self._background, self._map_changes, self._inference)
             if worker is not None
         ]
-        stopped = [w.stop(max(0.0, end - time.monotonic())) for w in workers]
+        for worker in workers:
+            worker.stop(max(0.0, end - time.monotonic()))
         stop_forwarding(self._log_handler)
-        return all(stopped)
+
+    def save_at_exit(self) -> list[Path]:
+        """Write what ``~/save_map`` writes if ``save_map.on_exit`` is set; after :meth:`close`.
+
+        Returns the paths. Raises :class:`InputError` where there is nothing to save,
+        :class:`Stream3rError` where it cannot be saved.
+        """
+        config = self.config.save_map
+        if not config.on_exit or self._live is None:
+            return []
+        return save_snapshot(self._live.snapshot(), config)
+
+    def destroy_node(self) -> None:
+        """Free what the node has on the graph, so that others see at once that it is gone."""
+        super().destroy_node()
+        self._state_machine.destroy_when_not_in_use()  # which rclpy leaves to garbage collection
 
     def _load(self) -> LiveReconstruction:
         options, start = self.config.model, time.monotonic()
@@ -354,7 +373,7 @@ class Stream3rNode(LifecycleNode):
     async def _save_map(self) -> str:
         worker, live = self._configured()
         config = self.config.save_map
-        plain_names(config)  # before any work
+        check_saving(config)  # before any work
         snapshot = await self._finished(worker.submit(live.snapshot))
         write = partial(save_snapshot, snapshot, config)
         paths = await self._finished(self._background.submit(write))

@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, NoReturn
 
-from stream3r_core.errors import ConfigError
+from stream3r_core.errors import ConfigError, InputError, Stream3rError
 from stream3r_ros.environment import prepare_environment
 from stream3r_ros.interfaces import ensure_tf2_msgs
 
-CLOSE_TIMEOUT_S = 1.5
+CLOSE_TIMEOUT_S = 1.0  # for the image in work; all in all the process has 3 s to end
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = 'Parameters and their meaning: config/reconstruct.yaml'
 
 
-def run(args: argparse.Namespace) -> int:
-    """Run the node until SIGINT, SIGTERM or an error; return the exit code.
+def run(args: argparse.Namespace) -> NoReturn:
+    """Run the node until SIGINT, SIGTERM or an error, and end the process.
 
     Raises :class:`ConfigError` for unusable arguments or parameters,
     :class:`MissingDependencyError` where there is no ROS 2.
@@ -40,15 +41,14 @@ def run(args: argparse.Namespace) -> int:
         except RuntimeError as error:  # rcl on arguments it cannot read
             raise ConfigError(f'ROS arguments: {error}') from error
         try:
-            code, is_clean = _run_node(files, is_interrupted)
+            code = _run_node(files, is_interrupted)
         finally:
             rclpy.try_shutdown()
-        if not is_clean:
-            # A thread inside the network cannot be interrupted, and crashes Python's own shutdown.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    return code
+        # Python's own end takes seconds on a busy machine, to free what the kernel frees anyway,
+        # and crashes under a thread that is still inside the network.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 @contextmanager
@@ -68,34 +68,65 @@ def _signals_noted() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def _run_node(parameter_files: list[str], is_interrupted: Callable[[], bool]) -> tuple[int, bool]:
-    """Return the exit code, and whether all threads have ended."""
+def _run_node(parameter_files: list[str], is_interrupted: Callable[[], bool]) -> int:
+    """Make the node, spin it, and end it; return the exit code."""
     import rclpy
-    from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 
-    from stream3r_ros.managed_node import ContextEnded, Stream3rNode
+    from stream3r_ros.managed_node import Stream3rNode
 
     try:
-        node, code = Stream3rNode(), 0
+        node = Stream3rNode()
     except Exception:
         if rclpy.ok() and not is_interrupted():
             raise
-        return 0, True  # the context went down under it
+        return 0  # the context went down under it
     node.warn_of_unused(parameter_files)
-    executor = SingleThreadedExecutor()
-    executor.add_node(node)
-    try:
-        if not node.config.autostart or node.start():
-            executor.spin_until_future_complete(node.ended)
-            code = node.ended.result() or 0
-        else:
-            code = 1
-    except (ExternalShutdownException, ContextEnded):
-        pass  # a signal: the ordinary end
-    is_clean = node.close(CLOSE_TIMEOUT_S)
-    executor.shutdown(timeout_sec=0)
+    code = _spin(node)
+    node.close(CLOSE_TIMEOUT_S)
+    code = max(code, _save(node))
     node.destroy_node()
-    return code, is_clean
+    return code
+
+
+def _spin(node: Any) -> int:
+    """Run the node until it ends or a signal comes; return the exit code."""
+    import rclpy
+    from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+
+    from stream3r_ros.managed_node import ContextEnded
+
+    executor = None
+    try:
+        executor = SingleThreadedExecutor()
+        executor.add_node(node)
+        if node.config.autostart and not node.start():
+            return 1
+        executor.spin_until_future_complete(node.ended)
+        return node.ended.result() or 0
+    except (ExternalShutdownException, ContextEnded):
+        return 0  # a signal: the ordinary end
+    except Exception:
+        if rclpy.ok():
+            raise
+        return 0  # a signal, too, under a callback: what it publishes has nowhere to go
+    finally:
+        if executor is not None:
+            executor.shutdown(timeout_sec=0)
+
+
+def _save(node: Any) -> int:
+    """Save the map if asked to; the context may be down already, hence no logger."""
+    try:
+        paths = node.save_at_exit()
+    except InputError as reason:
+        print(f'stream3r: nothing to save: {reason}')
+    except Stream3rError as error:
+        print(f'stream3r: error: nothing was saved: {error}', file=sys.stderr)
+        return 1
+    else:
+        if paths:
+            print(f'stream3r: saved {", ".join(map(str, paths))}')
+    return 0
 
 
 def _parameter_files(ros_args: list[str]) -> list[str]:

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -21,24 +22,27 @@ SPARE_BYTES = 16_000_000
 
 
 class PoseRecorder:
-    """Keeps the most recent ``max_poses`` poses of a session in 56 bytes each."""
+    """Keeps the most recent ``max_poses`` poses of a session in 56 bytes each; thread-safe."""
 
     def __init__(self, max_poses: int):
         # np.empty: the memory is taken page by page, as poses come
         self._stamps_ns = np.empty(max_poses, np.int64)
         self._poses = np.empty((max_poses, 3, 4), np.float32)
         self._num_seen = 0
+        self._lock = Lock()
 
     def add(self, stamp_ns: int, T_world_camera: np.ndarray) -> None:
         """Keep a pose [4, 4]; the oldest makes room when the store is full."""
-        slot = self._num_seen % len(self._stamps_ns)
-        self._stamps_ns[slot] = stamp_ns
-        self._poses[slot] = T_world_camera[:3]
-        self._num_seen += 1
+        with self._lock:
+            slot = self._num_seen % len(self._stamps_ns)
+            self._stamps_ns[slot] = stamp_ns
+            self._poses[slot] = T_world_camera[:3]
+            self._num_seen += 1
 
     def clear(self) -> None:
         """Forget all poses."""
-        self._num_seen = 0
+        with self._lock:
+            self._num_seen = 0
 
     @property
     def num_forgotten(self) -> int:
@@ -50,12 +54,13 @@ class PoseRecorder:
 
     def trajectory(self) -> Trajectory:
         """Return a copy of the kept poses, oldest first; raises InputError when there is none."""
-        if not len(self):
-            raise InputError('no image has been processed since the session began')
-        order = np.arange(self._num_seen - len(self), self._num_seen) % len(self._stamps_ns)
-        poses = np.tile(np.eye(4), (len(self), 1, 1))
-        poses[:, :3] = self._poses[order]
-        return Trajectory(self._stamps_ns[order], poses, 'node')
+        with self._lock:
+            if not len(self):
+                raise InputError('no image has been processed since the session began')
+            order = np.arange(self._num_seen - len(self), self._num_seen) % len(self._stamps_ns)
+            poses = np.tile(np.eye(4), (len(self), 1, 1))
+            poses[:, :3] = self._poses[order]
+            return Trajectory(self._stamps_ns[order], poses, 'node')
 
 
 class Snapshot(NamedTuple):
@@ -73,7 +78,8 @@ def save_snapshot(snapshot: Snapshot, config: SaveMapConfig) -> list[Path]:
     :class:`ConfigError` for a name that is none or leads elsewhere, :class:`OutputError` where
     the files cannot be written or would fill the disk.
     """
-    map_name, trajectory_name = plain_names(config)
+    map_name, trajectory_name = config.map_name, config.trajectory_name
+    check_saving(config)
     writers: dict[str, Callable[[Path], None]] = {}
     if config.ply:
         writers[f'{map_name}.ply'] = partial(save_ply, snapshot.cloud)
@@ -88,8 +94,10 @@ def save_snapshot(snapshot: Snapshot, config: SaveMapConfig) -> list[Path]:
     return [folder / name for name in writers]
 
 
-def plain_names(config: SaveMapConfig) -> tuple[str, str]:
-    """Return the names of map and trajectory; raises ConfigError unless they are mere names."""
+def check_saving(config: SaveMapConfig) -> None:
+    """Raise ConfigError unless there is a folder, something to write, and names are mere names."""
+    if not config.directory:
+        raise ConfigError('save_map: nothing is saved without save_map.directory, a folder')
     for option in ('map_name', 'trajectory_name'):
         name = getattr(config, option)
         if not _PLAIN_NAME.fullmatch(name):
@@ -99,12 +107,9 @@ def plain_names(config: SaveMapConfig) -> tuple[str, str]:
             )
     if not (config.ply or config.pcd or config.tum):
         raise ConfigError('save_map: ply, pcd and tum are all switched off: nothing to write')
-    return config.map_name, config.trajectory_name
 
 
 def _folder(directory: str) -> Path:
-    if not directory:
-        raise ConfigError('nothing was saved: set the parameter save_map.directory to a folder')
     folder = Path(directory).expanduser().absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)

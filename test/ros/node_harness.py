@@ -154,17 +154,22 @@ class NodeUnderTest:
 
     def set_parameter(self, name, value):
         """Set a parameter of the node, which must take it."""
-        client = self._observer.create_client(SetParameters, '/stream3r/set_parameters')
-        self.wait_until(client.service_is_ready)
         given = [Parameter(name, value=value).to_parameter_msg()]
-        future = client.call_async(SetParameters.Request(parameters=given))
-        self.wait_until(future.done)
-        assert future.result().results[0].successful, future.result()
+        answer = self.request(SetParameters, 'set_parameters', parameters=given)
+        assert answer.results[0].successful, answer
 
     def call(self, service):
         """Call ``~/service`` and return its answer."""
-        client = self._observer.create_client(Trigger, f'/stream3r/{service}')
+        return self.request(Trigger, service)
+
+    def request(self, kind, service, **fields):
+        """Send a request of a service type to ``~/service`` and return the answer."""
+        client = self._observer.create_client(kind, f'/stream3r/{service}')
         self.wait_until(client.service_is_ready)
-        future = client.call_async(Trigger.Request())
+        future = client.call_async(kind.Request(**fields))
         self.wait_until(future.done)
         return future.result()
+
+    def wait_until_gone(self):
+        """Wait until the graph knows that the node is no more, sooner than a lease expires."""
+        self._spin_until(lambda: 'stream3r' not in self._observer.get_node_names(), 10)

@@ -12,36 +12,12 @@ from stream3r_ros.conversions import stamp_ns
 pytestmark = pytest.mark.ros
 
 
-def request(live, node, kind, service, message):
-    client = node.create_client(kind, f'/stream3r/{service}')
-    live.wait_until(client.service_is_ready)
-    future = client.call_async(message)
-    live.wait_until(future.done)
-    return future.result()
-
-
 @pytest.fixture
-def change_state(live, node):
+def change_state(live):
     """Return a function that asks for a transition and returns whether it succeeded."""
-
-    def change(transition):
-        message = ChangeState.Request(transition=Transition(id=transition))
-        return request(live, node, ChangeState, 'change_state', message).success
-
-    return change
-
-
-@pytest.fixture
-def set_parameter(live, node):
-    """Return a function that sets a parameter and returns the answer."""
-
-    def set_one(name, value):
-        message = SetParameters.Request(
-            parameters=[Parameter(name, value=value).to_parameter_msg()]
-        )
-        return request(live, node, SetParameters, 'set_parameters', message).results[0]
-
-    return set_one
+    return lambda number: (
+        live.request(ChangeState, 'change_state', transition=Transition(id=number)).success
+    )
 
 
 def wait_for_state(live, state):
@@ -86,18 +62,19 @@ def test_configuring_with_missing_weights_fails_and_the_node_stays(live, change_
     assert not change_state(Transition.TRANSITION_CONFIGURE)  # and may be asked again
 
 
-def test_live_parameters_act_on_the_next_image(live, set_parameter):
+def test_live_parameters_act_on_the_next_image(live):
     live.start()
     live.connect_camera()
     live.feed(0)
     full = live.wait_for('~/cloud', 1)[0].width
     assert full > 0
-    assert set_parameter('mapping.min_confidence', 1e6).successful
+    live.set_parameter('mapping.min_confidence', 1e6)
     live.feed(1)
     assert live.wait_for('~/cloud', 2)[1].width == 0
-    assert set_parameter('outputs.cloud.enabled', False).successful
+    live.set_parameter('outputs.cloud.enabled', False)
     live.feed(2)
     live.wait_for('~/depth/image', 3)
     assert len(live.received['~/cloud']) == 2
-    refused = set_parameter('session.window', 3)
+    given = [Parameter('session.window', value=3).to_parameter_msg()]
+    (refused,) = live.request(SetParameters, 'set_parameters', parameters=given).results
     assert not refused.successful and refused.reason

@@ -6,10 +6,17 @@ import socket
 import time
 
 import pytest
+from lifecycle_msgs.msg import Transition
+from lifecycle_msgs.srv import ChangeState
+from node_harness import stamp
+
+from stream3r_core.evaluation.trajectory_files import read_trajectory
+from stream3r_core.mapping import load_ply
 
 pytestmark = pytest.mark.ros
 END_S = 3.0  # from the signal to the end of the process, on an idle machine
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
+SECONDS_PER_FRAME = {'image.long_side': 560}
 
 
 def end(process, number):
@@ -19,39 +26,59 @@ def end(process, number):
     return process.wait(timeout=30), time.monotonic() - start
 
 
-def assert_clean(live, code, took_s):
-    assert code == 0, live.log
+def assert_clean(log, code, took_s):
+    assert code == 0, log
     assert took_s < END_S * max(1.0, os.getloadavg()[0] / os.cpu_count())
-    assert 'Traceback' not in live.log and 'Error' not in live.log
+    assert 'Traceback' not in log and 'Error' not in log
+
+
+def unconfigured(live, options):
+    live.start(wait_until_active=False, autostart='false', **options)
+    live.wait_until(lambda: live.figure('state') == 'unconfigured')
+
+
+def active(live, options):
+    live.start(**options)
+    live.connect_camera()
+    live.feed(0)
+
+
+def inactive(live, options):
+    active(live, options)
+    transition = Transition(id=Transition.TRANSITION_DEACTIVATE)
+    assert live.request(ChangeState, 'change_state', transition=transition).success
+
+
+def in_a_frame(live, options):
+    active(live, {**SECONDS_PER_FRAME, **options})
+    before = live.figure('images_received')
+    live.camera.publish(live.image(1))
+    live.wait_until(lambda: live.figure('images_received') > before)
+
+
+def failed(live, options):
+    active(live, {'session.mode': 'causal', 'session.max_frames': 1, **options})
+    live.camera.publish(live.image(1))
+    live.wait_until(lambda: live.figure('state') == 'failed')
 
 
 @pytest.mark.parametrize('number', SIGNALS)
-def test_a_signal_ends_the_node_after_images(live, number):
-    live.start()
-    live.connect_camera()
-    live.feed(0, 1)
-    assert_clean(live, *end(live.process, number))
-
-
-def test_ctrl_c_under_ros2_launch_sends_the_signal_twice(live):
-    live.start(**{'image.long_side': 672})
-    live.connect_camera()
-    before = live.figure('images_received')
-    live.camera.publish(live.image(0))
-    live.wait_until(lambda: live.figure('images_received') > before)
-    live.process.send_signal(signal.SIGINT)
-    assert_clean(live, *end(live.process, signal.SIGINT))
-
-
-@pytest.mark.parametrize('number', SIGNALS)
-def test_a_signal_ends_the_node_in_the_middle_of_a_frame(live, number):
-    live.start(**{'image.long_side': 672})  # seconds per frame
-    live.connect_camera()
-    before = live.figure('images_received')
-    live.camera.publish(live.image(0))
-    live.wait_until(lambda: live.figure('images_received') > before)
-    assert_clean(live, *end(live.process, number))
-    assert not live.received['/tf']
+@pytest.mark.parametrize('reach', [unconfigured, active, inactive, in_a_frame, failed])
+def test_a_signal_ends_the_node_in_every_state_and_its_map_is_saved(
+    live, node, reach, number, tmp_path
+):
+    folder = tmp_path / 'saved'
+    reach(live, {'save_map.on_exit': 'true', 'save_map.directory': str(folder)})
+    said_before = len(live.log)
+    code, took_s = end(live.process, number)
+    assert_clean(live.log[said_before:], code, took_s)
+    if reach is unconfigured:
+        assert not folder.exists()
+    else:
+        assert read_trajectory(folder / 'trajectory.tum').stamps_ns.tolist() == [stamp(0)]
+        assert len(load_ply(folder / 'map.ply')) > 0
+        assert f'saved {folder}/map.ply, {folder}/trajectory.tum' in live.log
+    live.wait_until_gone()
 
 
 @pytest.mark.parametrize('number', SIGNALS)
@@ -62,14 +89,25 @@ def test_a_signal_ends_the_node_while_weights_load(live, number, monkeypatch, tm
         live.start(wait_until_active=False, **{'model.weights': 'someone/something'})
         silent_hub.settimeout(60)
         with silent_hub.accept()[0]:
-            assert_clean(live, *end(live.process, number))
+            code, took_s = end(live.process, number)
+    assert_clean(live.log, code, took_s)
     assert 'loading' in live.log
 
 
-def test_a_signal_ends_a_node_that_waits_for_its_lifecycle_manager(live):
-    live.start(wait_until_active=False, autostart='false')
-    live.wait_until(lambda: live.figure('state') == 'unconfigured')
-    assert_clean(live, *end(live.process, signal.SIGTERM))
+def test_ctrl_c_under_ros2_launch_sends_the_signal_twice(live):
+    in_a_frame(live, {})
+    live.process.send_signal(signal.SIGINT)
+    code, took_s = end(live.process, signal.SIGINT)
+    assert_clean(live.log, code, took_s)
+
+
+def test_a_map_that_cannot_be_saved_at_the_end_is_an_error(live, tmp_path):
+    (tmp_path / 'file').write_text('not a folder')
+    active(live, {'save_map.on_exit': 'true', 'save_map.directory': str(tmp_path / 'file')})
+    code, _ = end(live.process, signal.SIGTERM)
+    assert code == 1
+    (line,) = [line for line in live.log.splitlines() if 'nothing was saved' in line]
+    assert str(tmp_path / 'file') in line and 'Traceback' not in live.log
 
 
 @pytest.mark.parametrize(
@@ -81,6 +119,7 @@ def test_a_signal_ends_a_node_that_waits_for_its_lifecycle_manager(live):
         ({}, ['--params-file', 'missing.yaml'], 'parameter file missing.yaml'),
         ({}, ['-r', 'image'], 'ROS arguments: '),
         ({'model.weights': 'missing.safetensors'}, [], 'missing.safetensors: no such file'),
+        ({'save_map.on_exit': 'true'}, [], 'without save_map.directory'),
         ({'model.device': 'abacus'}, [], "'abacus' is no torch device"),
     ],
 )
