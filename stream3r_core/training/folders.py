@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from stream3r_core.errors import DataError
+from stream3r_core.training.augment import ColorJitter
 from stream3r_core.training.batch import Batch
 from stream3r_core.training.settings import FolderConfig
 
@@ -48,9 +50,20 @@ class SceneFolder:
                 self.config.video_prob,
                 self.config.fix_interval_prob,
             )
-            clips.append([load_view(views[i], size_hw) for i in chosen])
+            clips.append(self._load([views[i] for i in chosen], size_hw, rng))
         columns = zip(*(map(torch.stack, zip(*clip)) for clip in clips))
         return Batch(*(torch.stack(column) for column in columns))
+
+    def _load(self, views: list, size_hw: tuple[int, int], rng: random.Random) -> list:
+        """Load the views of a clip; its margin is common, its colours may be."""
+        config = self.config
+        margin = rng.randrange(config.aug_crop) if config.aug_crop else 0
+        common = ColorJitter.draw(config.jitter, rng)
+        loaded = []
+        for view in views:
+            own = ColorJitter.draw(config.jitter, rng) if config.jitter_per_view else common
+            loaded.append(load_view(view, size_hw, margin, own if any(config.jitter) else None))
+        return loaded
 
 
 def views_of(scene: Path) -> list[tuple[Path, Path, Path]]:
@@ -107,46 +120,61 @@ def _shuffled_in_blocks(chosen: list[int], rng: random.Random) -> list[int]:
     return [view for block in blocks for view in block]
 
 
-def load_view(files: tuple[Path, Path, Path], size_hw: tuple[int, int]) -> tuple[Tensor, ...]:
+def load_view(
+    files: tuple[Path, Path, Path],
+    size_hw: tuple[int, int],
+    margin: int = 0,
+    jitter: ColorJitter | None = None,
+) -> tuple[Tensor, ...]:
     """Read one view at the given size: image [3, H, W], depth [H, W], pose [4, 4], K [3, 3].
 
-    The image is cut to a rectangle about the principal point with the aspect wanted, then scaled;
-    depth is taken from the nearest pixel, and the intrinsics follow with half-pixel care.
+    The image is cut to a rectangle about the principal point with the aspect wanted, scaled to
+    ``margin`` pixels more than wanted and cut again about its middle; depth is taken from the
+    nearest pixel, and the intrinsics follow with half-pixel care (model.md 20).
     """
-    import cv2
+    image, depth, K, pose = _read_view(*files)
+    left, top, width, height = crop_about_center(image.width, image.height, K, size_hw)
+    box = (left, top, left + width, top + height)
+    scaled_hw = [side + margin for side in size_hw]
+    scale = max(scaled_hw[0] / height, scaled_hw[1] / width)
+    scaled_hw = [max(round(side * scale), size) for side, size in zip((height, width), size_hw)]
+    image = image.resize(scaled_hw[::-1], Image.Resampling.LANCZOS, box)
+    if jitter is not None:
+        image = jitter(image)
+    depth = Image.fromarray(depth[top : top + height, left : left + width])
+    depth = depth.resize(scaled_hw[::-1], Image.Resampling.NEAREST)
+    y, x = ((scaled - size) // 2 for scaled, size in zip(scaled_hw, size_hw))
+    cut = np.s_[y : y + size_hw[0], x : x + size_hw[1]]
+    scales = np.array([scaled_hw[1] / width, scaled_hw[0] / height])
+    K[:2, 2] = (K[:2, 2] - (left, top) + 0.5) * scales - 0.5 - (x, y)
+    K[[0, 1], [0, 1]] *= scales
+    K[0, 1] *= scales[0]
+    return (
+        torch.from_numpy(np.array(image)[cut]).permute(2, 0, 1).float() / 255,
+        torch.from_numpy(np.array(depth)[cut]),
+        torch.from_numpy(pose).float(),
+        torch.from_numpy(K).float(),
+    )
 
-    image_path, depth_path, camera_path = files
-    image = cv2.imread(str(image_path), cv2.IMREAD_COLOR)
-    if image is None:
-        raise DataError(f'{image_path} cannot be read as an image')
+
+def _read_view(image_path: Path, depth_path: Path, camera_path: Path):
+    """Return the image, depth [H, W] (0 where unknown), K [3, 3] and pose [4, 4] of the files."""
+    try:
+        with Image.open(image_path) as file:
+            image = file.convert('RGB')
+    except OSError as error:
+        raise DataError(f'{image_path} cannot be read as an image: {error}') from error
     try:
         depth = np.load(depth_path).astype(np.float32)
         camera = np.load(camera_path)
         K, pose = camera['intrinsics'].astype(np.float64), camera['pose'].astype(np.float64)
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f'{depth_path.stem}: depth or camera cannot be read: {error}') from error
-    if depth.shape != image.shape[:2]:
+    if depth.shape != (image.height, image.width):
         raise DataError(
-            f'{depth_path}: depth {depth.shape} does not match image {image.shape[:2]}'
+            f'{depth_path}: depth {depth.shape} does not match image {image.height, image.width}'
         )
-    left, top, width, height = crop_about_center(image.shape[1], image.shape[0], K, size_hw)
-    image = image[top : top + height, left : left + width, ::-1]
-    depth = np.nan_to_num(depth[top : top + height, left : left + width], posinf=0.0, neginf=0.0)
-    scale = size_hw[1] / width
-    method = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-    image = cv2.resize(np.ascontiguousarray(image), size_hw[::-1], interpolation=method)
-    depth = cv2.resize(depth, size_hw[::-1], interpolation=cv2.INTER_NEAREST)
-    K = K.copy()
-    K[0, 2], K[1, 2] = K[0, 2] - left, K[1, 2] - top
-    K[0], K[1] = K[0] * size_hw[1] / width, K[1] * size_hw[0] / height
-    K[0, 2] += 0.5 * size_hw[1] / width - 0.5
-    K[1, 2] += 0.5 * size_hw[0] / height - 0.5
-    return (
-        torch.from_numpy(image).permute(2, 0, 1).float() / 255,
-        torch.from_numpy(depth),
-        torch.from_numpy(pose).float(),
-        torch.from_numpy(K).float(),
-    )
+    return image, np.nan_to_num(depth, posinf=0.0, neginf=0.0), K, pose
 
 
 def crop_about_center(

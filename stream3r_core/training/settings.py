@@ -80,6 +80,18 @@ class FolderConfig:
     fix_interval_prob: float = option(
         0.6, 'of those, with a constant step', minimum=0.0, maximum=1.0
     )
+    aug_crop: int = option(
+        0,
+        'images are scaled to 0 up to this many pixels more, exclusive, and cut; published: 16',
+        minimum=0,
+    )
+    jitter: tuple[float, ...] = option(
+        (0.0, 0.0, 0.0, 0.0),
+        'random brightness, contrast, saturation and hue; published: 0.5, 0.5, 0.5, 0.1',
+    )
+    jitter_per_view: bool = option(
+        True, 'colours of each view by itself (STream3R), or of a clip at once (StreamVGGT)'
+    )
 
 
 @dataclass(frozen=True)

@@ -216,3 +216,15 @@ def test_no_object_stands_in_the_way_of_a_chosen_path():
     cleared = clear_path(world, path, 0.2)
     objects = clearance(cleared, path)
     assert (objects > 0.15).all() and (clearance(world, path) < 0).any()
+
+
+@pytest.mark.heavy
+def test_the_compiled_renderer_draws_what_the_plain_one_draws():
+    plain, compiled = (
+        sample_clips(2, ClipConfig(height=24, width=32, compiled=how, shadows=True), seed=5)
+        for how in (False, True)
+    )
+    assert torch.equal(plain.T_world_camera, compiled.T_world_camera)
+    differs = (plain.depth_m - compiled.depth_m).abs() > 1e-3
+    assert differs.float().mean() < 1e-3  # rays along an edge may fall to either side
+    assert (plain.images - compiled.images).abs().quantile(0.995) < 1e-3

@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from stream3r_core.checkpoints import load_model
 from stream3r_core.config import ModelConfig, from_dict, to_dict
@@ -18,11 +19,12 @@ from stream3r_core.synthetic import HAND_HELD, render_sequence
 from stream3r_core.synthetic.folders import write_scene_folder, write_tum
 from stream3r_core.synthetic.trajectories import sample_paths
 from stream3r_core.synthetic.worlds import make_world
+from stream3r_core.training.augment import ColorJitter
 from stream3r_core.training.batch import make_targets
 from stream3r_core.training.checkpointing import latest_checkpoint
 from stream3r_core.training.data import DataMixture, Visibility, step_seed
 from stream3r_core.training.export import export
-from stream3r_core.training.folders import SceneFolder, choose_views
+from stream3r_core.training.folders import SceneFolder, choose_views, load_view, views_of
 from stream3r_core.training.initialise import fit_pose_layer
 from stream3r_core.training.objectives import query_pixels
 from stream3r_core.training.optimizers import learning_rate
@@ -235,6 +237,48 @@ def test_written_scenes_are_read_back_with_their_geometry(tmp_path):
     nearest = torch.cdist(points[0, 0].reshape(-1, 3), everything.reshape(-1, 3)).amin(1)
     assert nearest.quantile(0.95) < 0.08
     assert torch.equal(SceneFolder(config).batch(2, 3, (24, 32), seed=0).depth, batch.depth)
+
+
+def test_a_scene_scaled_larger_and_cut_keeps_its_geometry(tmp_path):
+    recording = render_sequence(seed=2, num_frames=5, height=48, width=64)
+    write_scene_folder(recording, tmp_path / 'room')
+    files = views_of(tmp_path / 'room')[0]
+    _, _, T_world_camera, K = load_view(files, (24, 32))
+    _, cut_depth, _, cut_K = load_view(files, (24, 32), margin=12)
+    assert cut_depth.shape == (24, 32) and cut_K[0, 0] > 1.3 * K[0, 0]
+    small, whole = (
+        unproject_to_world(d, k, T_world_camera).reshape(-1, 3)
+        for d, k in ((cut_depth, cut_K), (recording.depth_m[0], recording.K))
+    )
+    assert torch.cdist(small, whole).amin(1).quantile(0.95) < 0.05
+
+
+def test_the_colours_of_a_folder_vary_by_view_or_by_clip(tmp_path):
+    recording = render_sequence(seed=2, num_frames=4, height=48, width=64)
+    same = dataclasses.replace(recording, images=recording.images[:1].expand(4, -1, -1, -1))
+    write_scene_folder(same, tmp_path / 'room')
+
+    def images(**changes):
+        config = FolderConfig(path=str(tmp_path), video_prob=1.0, **changes)
+        return SceneFolder(config).batch(1, 3, (24, 32), seed=4).images[0]
+
+    plain = images()
+    by_view, by_clip = (
+        images(jitter=(0.5, 0.5, 0.5, 0.1), jitter_per_view=each) for each in (True, False)
+    )
+    assert torch.equal(plain[0], plain[1]) and torch.equal(by_clip[0], by_clip[1])
+    assert not torch.equal(by_view[0], by_view[1])
+    assert (by_clip[0] - plain[0]).abs().max() > 0.05
+    with pytest.raises(ConfigError, match='jitter'):
+        images(jitter=(0.5, 0.5, 0.5, 0.9))
+
+
+def test_a_turn_of_the_hue_is_a_turn_of_the_colour_circle():
+    red = Image.new('RGB', (2, 2), (255, 0, 0))
+    still = (1.0, 1.0, 1.0)
+    turned = ColorJitter(still, 1 / 3, (3, 0, 1, 2))(red)
+    assert np.abs(np.array(turned)[0, 0].astype(int) - (0, 255, 0)).max() <= 8
+    assert np.array(ColorJitter((0.5, 1.0, 1.0), 0.0, (0, 1, 2, 3))(red))[0, 0, 0] == 127
 
 
 def test_a_written_tum_sequence_is_read_by_the_evaluation(tmp_path):
