@@ -27,6 +27,7 @@ COMMANDS = {
     'replay': Command('stream3r_ros.replay', 'reconstruct a bag, video or images offline'),
     'evaluate': Command('stream3r_ros.evaluate', 'a lossless run against ground truth, reported'),
     'compare': Command('stream3r_ros.compare', 'several variants over one input, side by side'),
+    'benchmark': Command('stream3r_ros.benchmark', 'time and memory per frame, by mode and stage'),
     'node': Command('stream3r_ros.node', 'run the ROS 2 node', True),
     'play': Command('stream3r_ros.player', 'play a bag, video or images as a live camera', True),
     'train': Command('stream3r_ros.train', 'train or fine-tune a network from a recipe'),

@@ -1,0 +1,143 @@
+"""The benchmark counts what happens: stages that add up, the rows that were asked for, FLOPs."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from stream3r_core import StreamSession, load_model
+from stream3r_core.benchmark.arithmetic import count_operations
+from stream3r_core.benchmark.measure import Plan, camera_images, measure_mode
+from stream3r_core.benchmark.stages import FRAME, STAGES, StageClock, watched
+from stream3r_core.config import PRESETS, CoreConfig, SessionConfig
+from stream3r_core.errors import ConfigError
+from stream3r_core.pipeline import Reconstructor
+
+ROOT = Path(__file__).resolve().parents[2]
+PLAN = Plan(height=32, width=40, frames=(1, 3), repeats=2, warmup=1)
+
+
+def naive_module():
+    spec = importlib.util.spec_from_file_location('naive', ROOT / 'benchmarks' / 'naive.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope='module')
+def model():
+    return load_model('tiny')
+
+
+def images(count, height=48, width=64):
+    return torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(0))
+
+
+def assert_same(found, expected, tolerance):
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize('window', [None, 2])
+def test_the_naive_path_gives_the_answers_of_the_fast_one(model, window):
+    naive = naive_module().NaiveSession(model, window)
+    mode = {'mode': 'causal'} if window is None else {'mode': 'window', 'window': window}
+    fast = StreamSession(model, **mode)
+    for image in images(6):
+        assert_same(naive.step_tensor(image), fast.step_tensor(image), 1e-5)
+
+
+def test_nested_stages_share_out_every_moment_once():
+    ticks = iter(range(100))
+    clock = StageClock(lambda: next(ticks))
+    with clock.stage('outer'):  # 0
+        with clock.stage('inner'):  # 1 to 2
+            pass
+        with pytest.raises(ValueError, match='kept'), clock.stage('failing'):  # 3 to 4
+            raise ValueError('kept')
+    assert clock.take() == {'outer': 3, 'inner': 1, 'failing': 1}  # until 5
+    assert clock.take() == {}
+
+
+def test_a_watched_frame_goes_through_every_stage_and_is_itself_again_afterwards(model):
+    ticks = iter(range(1_000_000))
+    clock = StageClock(lambda: next(ticks))
+    config = CoreConfig(session=SessionConfig(mode='stac'))
+    watching, plain = Reconstructor(model, config), Reconstructor(model, config)
+    picture = (images(1)[0].permute(1, 2, 0).numpy() * 255).astype(np.uint8)
+    with watched(watching, clock):
+        start = next(ticks)
+        with clock.stage(FRAME):
+            seen = watching.process(picture)
+        took = next(ticks) - start
+    seconds = clock.take()
+    assert set(seconds) == set(STAGES) - {'publish'}
+    assert sum(seconds.values()) == took - 2  # the clock itself was asked in between
+    assert torch.equal(seen.depth, plain.process(picture).depth)
+    next_ones = watching.process(picture[:, ::-1].copy()), plain.process(picture[:, ::-1].copy())
+    assert torch.equal(*(prediction.depth for prediction in next_ones))
+    assert clock.take() == {}
+
+
+@pytest.mark.parametrize('mode', ['causal', 'window', 'stac'])
+def test_a_measurement_has_the_rows_that_were_asked_for(model, mode):
+    published = []
+    result = measure_mode(
+        model, CoreConfig(session=SessionConfig(mode=mode)), PLAN, published.append
+    )
+    rows, tokens = result['frames']['rows'], model.config.tokens_per_frame(32, 40)
+    assert [row['frame'] for row in rows] == [1, 3]
+    assert rows[0]['cached_tokens'] == 0
+    if mode != 'stac':
+        assert rows[1]['cached_tokens'] == 2 * tokens
+    for row in rows:
+        assert row['num_samples'] == 2 and 0 < row['p50_s'] <= row['p95_s']
+        assert row['processor_p50_s'] > 0 and row['peak_bytes'] > row['cache_bytes']
+    assert result['frames']['all_frames']['num_samples'] == 6
+    assert len(published) == PLAN.warmup + 2 * 3
+    assert published[0].world_points is not None
+    for row in result['stages']:
+        assert set(STAGES) == set(row['stages'])
+        assert sum(row['stages'].values()) == pytest.approx(row['seconds'], rel=0.2, abs=0.01)
+
+
+def test_the_views_differ_so_that_none_counts_as_still():
+    views = camera_images(PLAN)
+    assert all(view.shape == (32, 40, 3) for view in views)
+    changes = [np.abs(a.astype(int) - b).mean() for a, b in zip(views, views[1:] + views[:1])]
+    assert min(changes) > 0
+
+
+@pytest.mark.parametrize(
+    ('fields', 'message'),
+    [
+        ({'width': 41}, 'multiples of the patch size 8, got 41 x 32'),
+        ({'height': 0}, 'at least 8 x 8'),
+        ({'frames': ()}, 'counted from 1'),
+        ({'frames': (0, 3)}, 'counted from 1'),
+        ({'repeats': 0}, 'at least one repeat'),
+    ],
+)
+def test_a_plan_that_cannot_be_measured_is_refused(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        Plan(**{'height': 32, 'width': 40, **fields}).check(8)
+
+
+def test_operations_grow_with_the_cache_by_its_attention():
+    config = PRESETS['tiny']
+    counted = count_operations(config, 48, 64)
+    attention = 4 * 50 * 192 * config.depth  # 50 queries; scores and values, 2 operations each
+    camera = 4 * 384 * config.camera_trunk_depth  # one token per frame of 50
+    assert counted.flop_per_cached_token == attention + camera / 50
+    blocks = 2 * config.depth * (24 * 50 * 192**2 + 4 * 50**2 * 192)
+    assert blocks < counted.flop(0) < 3 * blocks
+
+
+@pytest.mark.heavy
+def test_operations_of_the_full_size_are_those_of_the_cost_model():
+    counted = count_operations(PRESETS['stream3r'], 392, 518)
+    assert counted.flop(0) == pytest.approx(2660.27e9, rel=1e-5)
+    assert counted.flop(1041) == pytest.approx(2766.80e9, rel=1e-5)
