@@ -20,6 +20,7 @@ from torch import Tensor
 from stream3r_core.config import PRESETS, ModelConfig, flatten, model_config, to_dict
 from stream3r_core.errors import CheckpointError, ConfigError
 from stream3r_core.model.network import CausalVGGT
+from stream3r_core.uncertainty import read_uncertainty, uncertainty_path
 
 #: The published checkpoints; the licences of all three forbid commercial use.
 PUBLISHED = {
@@ -61,6 +62,7 @@ def load_model(
     None for those shipped with the preset; ``'random'`` for an untrained network, always the same.
     ``dtype``: precision of the matrix products of the aggregator (:meth:`CausalVGGT.set_dtype`);
     None: float32 on a CPU, bfloat16 on a GPU, float16 on one too old for that.
+    ``.uncertainties`` has what is known of its errors, by session mode (:mod:`.uncertainty`).
     Raises :class:`CheckpointError` if weights are missing or do not fit, :class:`ConfigError` for
     an unknown preset.
     """
@@ -121,6 +123,7 @@ def _model_from_file(config: ModelConfig | None, path: Path, source: str) -> Cau
     _check_fit(model.state_dict(), tensors, path)
     model.load_state_dict({k: v.float() for k, v in tensors.items()}, assign=True)
     model.weights_info = _info(model, source, path.name, file_sha256(path))
+    model.uncertainties = read_uncertainty(uncertainty_path(path), model.weights_info.sha256)
     return model
 
 

@@ -67,8 +67,10 @@ class OutputsConfig:
 
     pose: OutputConfig = field(default_factory=OutputConfig)
     path: PathOutputConfig = field(default_factory=PathOutputConfig)
+    odometry: OutputConfig = field(default_factory=OutputConfig)
     depth: OutputConfig = field(default_factory=OutputConfig)
     confidence: OutputConfig = field(default_factory=OutputConfig)
+    depth_sigma: OutputConfig = field(default_factory=OutputConfig)
     cloud: OutputConfig = field(default_factory=OutputConfig)
     map: MapOutputConfig = field(default_factory=MapOutputConfig)
     map_changes: MapChangesOutputConfig = field(default_factory=MapChangesOutputConfig)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 
+from stream3r_ros.odometry import Sigmas
 from stream3r_ros.tracking import OK, Quality
 
 RATE_WINDOW_S = 5.0
@@ -38,6 +39,7 @@ class ReconstructionFigures:
     metres_per_unit: float | None = None  # None: the scale is arbitrary
     tracking: str = OK  # or 'DEGRADED', 'LOST'
     quality: Quality | None = None  # of the last frame
+    sigmas: Sigmas | None = None  # of the last pose; None: not known
     gaps: int = 0  # pauses between images that were too long
     restarts: Mapping[str, int] = field(default_factory=dict)  # reason -> new sessions
     gpu_bytes: int | None = None  # None: no GPU in use
@@ -116,6 +118,9 @@ class NodeStatus:
             values['mean_confidence'] = f'{made.quality.confidence:.2f}'
             values['parallax'] = f'{made.quality.parallax:.4f}'
             values['turn_rad'] = f'{made.quality.turn:.4f}'
+        if made.sigmas is not None:
+            values['position_sigma'] = f'{made.sigmas.position:.4f}'
+            values['rotation_sigma_rad'] = f'{made.sigmas.rotation:.4f}'
         if made.gpu_bytes is not None:
             values['gpu_bytes'] = str(made.gpu_bytes)
         return values

@@ -17,6 +17,7 @@ from stream3r_ros.config import NodeConfig
 from stream3r_ros.conversions import image_from_message, stamp_ns
 from stream3r_ros.diagnostics import ReconstructionFigures
 from stream3r_ros.logging_bridge import Throttled
+from stream3r_ros.odometry import Sigmas
 from stream3r_ros.publishers import Publishers
 from stream3r_ros.recorder import PoseRecorder, Snapshot
 from stream3r_ros.scale import BaselineScale, DepthScale, ScaleTracker
@@ -25,6 +26,7 @@ from stream3r_ros.tf import (
     T_map_of_first_camera,
     camera_frame,
     carrier_frame,
+    odometry_frame,
     upright_map,
 )
 from stream3r_ros.tracking import OK, TrackingState
@@ -50,6 +52,7 @@ class LiveReconstruction:
     ):
         self._reconstructor = Reconstructor(model, config)
         self._publishers = publishers
+        publishers.outputs.uncertainty = model.uncertainties.get(config.session.mode)
         self._transforms = transforms
         self._recorder = PoseRecorder(config.save_map.max_poses)
         self._calibrate = Calibrator(config.rectify)
@@ -70,6 +73,7 @@ class LiveReconstruction:
             Throttled(_log.warning) for _ in range(4)
         )
         self._num_without_tf = 0
+        self._sigmas: Sigmas | None = None
         self._last_warning = ''
         self.camera_info: Any = None
         self.figures = self._figures()
@@ -91,9 +95,10 @@ class LiveReconstruction:
         for prediction in predictions:  # none, or a whole chunk (cache.chunk_size)
             self._map_stamp_ns = prediction.stamp_ns
             self._find_scale(prediction, frame, config)
-            carrier = self._carrier(frame, prediction.stamp_ns, config)
+            carriers = self._carriers(frame, prediction.stamp_ns, config)
             self._recorder.add(prediction.stamp_ns, prediction.T_world_camera.numpy())
-            self._publishers.publish(prediction, frame, config, carrier)
+            sent = self._publishers.publish(prediction, frame, config, *carriers)
+            self._sigmas = sent.sigmas
             self._track(prediction, config)
         self.figures = self._figures()
 
@@ -193,20 +198,32 @@ class LiveReconstruction:
         except TransformError as error:
             raise InputError(f'map_orientation is level, but there is {error}') from None
 
-    def _carrier(self, frame: str, stamp: int, config: NodeConfig) -> Carrier | None:
-        """Return what the broadcast puts into the map, None where its place is not known."""
-        name = carrier_frame(frame, config)
+    def _carriers(
+        self, frame: str, stamp: int, config: NodeConfig
+    ) -> tuple[Carrier | None, Carrier | None]:
+        """Return what the broadcast puts into the map, and what the odometry is about.
+
+        None where that is switched off or its place is not known.
+        """
+        broadcast = carrier_frame(frame, config) if config.publish_tf else ''
+        reported = odometry_frame(frame, config) if config.outputs.odometry.enabled else ''
+        found, missing = {'': None}, {}
+        for name in {broadcast, reported} - {''}:
+            try:
+                found[name] = self._carrier(name, frame, stamp, config)
+            except TransformError as error:
+                found[name], missing[name] = None, error
+        if broadcast in missing:
+            self._num_without_tf += 1
+            self._warn_transform(f'no transform is broadcast for this image: {missing[broadcast]}')
+        elif reported in missing:
+            self._warn_transform(f'no odometry for this image: {missing[reported]}')
+        return found[broadcast], found[reported]
+
+    def _carrier(self, name: str, frame: str, stamp: int, config: NodeConfig) -> Carrier:
         if name == frame:
             return Carrier(frame, np.eye(4))
-        if not config.publish_tf:
-            return None
-        try:
-            pose = self._transforms.lookup(name, frame, stamp, config.tf_timeout_s)
-        except TransformError as error:
-            self._num_without_tf += 1
-            self._warn_transform(f'no transform is broadcast for this image: {error}')
-            return None
-        return Carrier(name, pose)
+        return Carrier(name, self._transforms.lookup(name, frame, stamp, config.tf_timeout_s))
 
     def _check_stamp(self, message: Any, config: NodeConfig) -> int:
         stamp = stamp_ns(message)
@@ -276,6 +293,7 @@ class LiveReconstruction:
             metres_per_unit=self._scale.value,
             tracking=self._tracking.state,
             quality=self._tracking.quality,
+            sigmas=self._sigmas,
             gaps=self._num_gaps,
             restarts=dict(self._restarts),
             gpu_bytes=torch.cuda.memory_allocated(self._device) if cuda else None,

@@ -83,6 +83,43 @@ class MessageFactory:
             pose=self.make('geometry_msgs/msg/Pose', position=position, orientation=orientation),
         )
 
+    def odometry(
+        self,
+        T_frame_body: np.ndarray,
+        covariance: np.ndarray,  # [6, 6], axes of the frame
+        linear: np.ndarray,  # [3] m / s, axes of the body
+        angular: np.ndarray,  # [3] rad / s, likewise
+        twist_covariance: np.ndarray,  # [6, 6], axes of the body
+        stamp_ns: int,
+        frame_id: str,
+        body_frame: str,
+    ) -> Any:
+        """Return a nav_msgs/Odometry of a body in a frame."""
+        position, orientation = self._rigid('Point', T_frame_body)
+        vectors = (
+            self.make('geometry_msgs/msg/Vector3', **dict(zip('xyz', values.tolist())))
+            for values in (linear, angular)
+        )
+        return self.make(
+            'nav_msgs/msg/Odometry',
+            header=self.header(stamp_ns, frame_id),
+            child_frame_id=body_frame,
+            pose=self.make(
+                'geometry_msgs/msg/PoseWithCovariance',
+                pose=self.make(
+                    'geometry_msgs/msg/Pose', position=position, orientation=orientation
+                ),
+                covariance=covariance.ravel(),
+            ),
+            twist=self.make(
+                'geometry_msgs/msg/TwistWithCovariance',
+                twist=self.make(
+                    'geometry_msgs/msg/Twist', **dict(zip(('linear', 'angular'), vectors))
+                ),
+                covariance=twist_covariance.ravel(),
+            ),
+        )
+
     def path(self, poses: Sequence[Any], stamp_ns: int, frame_id: str) -> Any:
         """Return a nav_msgs/Path of stamped poses, each with its own stamp."""
         header = self.header(stamp_ns, frame_id)

@@ -18,7 +18,9 @@ from stream3r_core.geometry import unproject
 from stream3r_core.mapping import MapChange, MapCloud
 from stream3r_core.mapping.filters import reliable_pixels
 from stream3r_core.types import FramePrediction
+from stream3r_core.uncertainty import Uncertainty, mean_confidence, median_depth
 from stream3r_ros.messages import MessageFactory
+from stream3r_ros.odometry import UNKNOWN, Sigmas, Twist, body_covariance, body_twist
 from stream3r_ros.qos import LATCHED, Qos
 from stream3r_ros.tf import T_BODY_OPTICAL, Carrier
 
@@ -35,8 +37,10 @@ class Topic(NamedTuple):
 TOPICS = {
     '/tf': Topic('tf2_msgs/msg/TFMessage', Qos(depth=100)),
     '~/pose': Topic('geometry_msgs/msg/PoseStamped'),
+    '~/odometry': Topic('nav_msgs/msg/Odometry'),
     '~/depth/image': Topic('sensor_msgs/msg/Image'),
     '~/depth/confidence': Topic('sensor_msgs/msg/Image'),
+    '~/depth/sigma': Topic('sensor_msgs/msg/Image'),
     '~/depth/camera_info': Topic('sensor_msgs/msg/CameraInfo'),
     '~/cloud': Topic('sensor_msgs/msg/PointCloud2'),
     '~/path': Topic('nav_msgs/msg/Path', LATCHED),
@@ -50,7 +54,8 @@ class Outputs:
 
     With the default ``T_map_world`` the first camera looks along the map's x axis with z up, so
     that a camera held level gives an upright map. ``max_path_poses`` bounds the path: the oldest
-    poses leave it. ``mapping`` says which pixels are good enough for a cloud.
+    poses leave it. ``mapping`` says which pixels are good enough for a cloud, ``uncertainty`` how
+    large errors are (None: not known).
     """
 
     def __init__(
@@ -60,11 +65,15 @@ class Outputs:
         T_map_world: np.ndarray = T_BODY_OPTICAL,  # [4, 4]
         max_path_poses: int = 1000,
         mapping: MappingConfig | None = None,
+        uncertainty: Uncertainty | None = None,
     ):
         self.messages = messages
         self.map_frame = map_frame
         self.T_map_world = T_map_world
         self.mapping = mapping or MappingConfig()
+        self.uncertainty = uncertainty
+        self.num_frames = 0  # since the session began
+        self._before: tuple[int, np.ndarray] | None = None  # stamp and T_world_camera
         self._scale = 1.0
         self._poses: deque[Any] = deque(maxlen=max_path_poses)
 
@@ -72,6 +81,7 @@ class Outputs:
         """Forget the path; the next frame is the first of a new session, of unknown scale."""
         self._poses.clear()
         self._scale = 1.0
+        self.num_frames, self._before = 0, None
 
     @property
     def scale(self) -> float:
@@ -98,8 +108,10 @@ class Outputs:
 
         ``prediction`` lies on the CPU and has a stamp; ``camera_frame`` is its image's frame_id.
         """
-        frame = FrameOutputs(self, prediction, camera_frame)
+        frame = FrameOutputs(self, prediction, camera_frame, self.num_frames, self._before)
         self._poses.append(frame.pose)
+        self.num_frames += 1
+        self._before = prediction.stamp_ns, prediction.T_world_camera.numpy()
         return frame
 
     def path(self, stamp_ns: int) -> Any:
@@ -140,8 +152,17 @@ def _rows(change: MapChange, rows: slice) -> MapChange:
 class FrameOutputs:
     """The messages of one frame; all carry the stamp of its image."""
 
-    def __init__(self, outputs: Outputs, prediction: FramePrediction, camera_frame: str):
+    def __init__(
+        self,
+        outputs: Outputs,
+        prediction: FramePrediction,
+        camera_frame: str,
+        frames: int,
+        before: tuple[int, np.ndarray] | None,
+    ):
+        """``frames`` went before; ``before``: stamp and T_world_camera of the last of them."""
         self._outputs = outputs
+        self._frames, self._before = frames, before
         self._messages = outputs.messages
         self._prediction = prediction
         self._depth = prediction.depth * outputs.scale
@@ -169,6 +190,71 @@ class FrameOutputs:
             carrier.frame,
         )
         return self._messages.tf([transform])
+
+    def odometry(self, body: Carrier | None = None) -> Any:
+        """Return pose and velocity of a body that carries the camera; None: of the camera.
+
+        The first frame of a session has no velocity: its covariance says that it is unknown.
+        """
+        body = body or Carrier(self.camera_frame, np.eye(4))
+        T_camera_body = np.linalg.inv(body.T_carrier_camera)
+        T_map_body = self.T_map_camera @ T_camera_body
+        lever = T_map_body[:3, 3] - self.T_map_camera[:3, 3]
+        twist, covariance = self._twist(T_map_body, T_camera_body)
+        return self._messages.odometry(
+            T_map_body,
+            body_covariance(self.sigmas, lever),
+            twist.linear,
+            twist.angular,
+            covariance,
+            self.stamp_ns,
+            self._outputs.map_frame,
+            body.frame,
+        )
+
+    def _twist(
+        self, T_map_body: np.ndarray, T_camera_body: np.ndarray
+    ) -> tuple[Twist, np.ndarray]:
+        if self._before is None:
+            return Twist(np.zeros(3), np.zeros(3)), UNKNOWN
+        stamp_ns, T_world_before = self._before
+        seconds = (self.stamp_ns - stamp_ns) / 1e9
+        T_map_before = self._outputs.poses_in_map(T_world_before) @ T_camera_body
+        lever = -np.linalg.inv(T_camera_body)[:3, 3]  # from camera to body, axes of the body
+        step = self._sigmas('step_translation', 'step_rotation')
+        covariance = body_covariance(step, lever)
+        if step is not None:
+            covariance = covariance / seconds**2
+        return body_twist(T_map_before, T_map_body, seconds), covariance
+
+    @cached_property
+    def sigmas(self) -> Sigmas | None:
+        """Standard deviations of the camera's pose; None: not known."""
+        return self._sigmas('translation', 'rotation')
+
+    def _sigmas(self, translation: str, rotation: str) -> Sigmas | None:
+        fitted = self._outputs.uncertainty
+        if fitted is None:
+            return None
+        parts, turn = (
+            getattr(fitted, name).sigma(self._confidence, self._frames)
+            for name in (translation, rotation)
+        )
+        return Sigmas(float(parts * median_depth(self._depth)), float(turn))
+
+    @cached_property
+    def _confidence(self) -> float:
+        return mean_confidence(self._prediction.depth_conf)
+
+    def depth_sigma(self) -> Any:
+        """Return the standard deviation of each depth; NaN where it is not known."""
+        fitted, depth = self._outputs.uncertainty, self._depth.numpy()
+        sigma = np.full_like(depth, np.nan)
+        if fitted is not None:
+            valid = depth > 0
+            confidence = self._prediction.depth_conf.numpy()[valid]
+            sigma[valid] = depth[valid] * fitted.depth.sigma(confidence)
+        return self._messages.float_image(sigma, *self._camera_header)
 
     def depth(self) -> Any:
         """Return the depth along the optical axis, NaN where there is none."""
@@ -202,8 +288,10 @@ class FrameOutputs:
 _BUILDERS = {
     '/tf': FrameOutputs.tf,
     '~/pose': lambda frame: frame.pose,
+    '~/odometry': FrameOutputs.odometry,
     '~/depth/image': FrameOutputs.depth,
     '~/depth/confidence': FrameOutputs.depth_confidence,
+    '~/depth/sigma': FrameOutputs.depth_sigma,
     '~/depth/camera_info': FrameOutputs.camera_info,
     '~/cloud': FrameOutputs.cloud,
 }

@@ -19,6 +19,7 @@ SWITCHES = {
     '~/depth/image': 'depth',
     '~/depth/camera_info': 'depth',
     '~/depth/confidence': 'confidence',
+    '~/depth/sigma': 'depth_sigma',
     '~/cloud': 'cloud',
 }
 
@@ -50,22 +51,26 @@ class Publishers:
         camera_frame: str,
         config: NodeConfig,
         carrier: Carrier | None,
+        body: Carrier | None,
     ) -> FrameOutputs:
         """Send what ``config`` asks for about one frame; its transform first.
 
-        ``carrier`` is what the transform puts into the map; None: it is not known, no transform.
+        ``carrier`` is what the transform puts into the map, ``body`` what the odometry is about;
+        None: it is not known, and nothing is said.
         """
         self.outputs.mapping = config.mapping
         frame = self.outputs.add(prediction, camera_frame)
-        if config.publish_tf and carrier is not None:
+        if carrier is not None:
             self._send('/tf', frame.tf(carrier))
         due = {
             name: self._is_due(name, getattr(config.outputs, name), frame.stamp_ns)
-            for name in {*SWITCHES.values(), 'path'}
+            for name in {*SWITCHES.values(), 'odometry', 'path'}
         }
         for topic in FRAME_TOPICS:
             if topic in SWITCHES and due[SWITCHES[topic]]:
                 self._send_if_wanted(topic, frame)
+        if body is not None and due['odometry'] and self._is_wanted('~/odometry'):
+            self._send('~/odometry', frame.odometry(body))
         if due['path']:
             self._send('~/path', self.outputs.path(frame.stamp_ns))
         return frame
@@ -98,8 +103,11 @@ class Publishers:
         return option.enabled and limit.is_due(stamp_ns, option.max_rate_hz)
 
     def _send_if_wanted(self, topic: str, frame: FrameOutputs) -> None:
-        if self._publishers[topic].get_subscription_count():
+        if self._is_wanted(topic):
             self._send(topic, frame.message(topic))
+
+    def _is_wanted(self, topic: str) -> bool:
+        return self._publishers[topic].get_subscription_count() > 0
 
     def _send(self, topic: str, message: Any) -> None:
         self._publishers[topic].publish(message)

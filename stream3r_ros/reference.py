@@ -48,8 +48,14 @@ INPUTS = {
 OUTPUTS = {
     '/tf': ('map', 'map to odometry, base or camera, at the stamp of the image'),
     '~/pose': ('map', 'the camera'),
+    '~/odometry': (
+        'map',
+        'pose and velocity of `base_frame` or the camera, with covariance where it was fitted; '
+        'else its element 0 is -1',
+    ),
     '~/depth/image': ('camera', '32FC1 along the optical axis, NaN = none'),
     '~/depth/confidence': ('camera', "32FC1, the network's own, >= 1; no probability"),
+    '~/depth/sigma': ('camera', '32FC1, standard deviation of the depth, NaN = not known'),
     '~/depth/camera_info': ('camera', 'of the depth image; D = 0'),
     '~/cloud': ('camera', 'reliable pixels of the image: x y z rgb confidence'),
     '~/path': ('map', 'recent poses, each with its own stamp'),

@@ -164,7 +164,8 @@ def replay(
         report = Report(source.name, model.weights_info, say=progress.write)
         frames = _usable_frames(progress, config, report, is_interrupted)
         voxel_map, predictions = _predictions(frames, model, config, report)
-        with Results(folder, config, voxel_map) as results:
+        uncertainty = model.uncertainties.get(config.session.mode)
+        with Results(folder, config, voxel_map, uncertainty) as results:
             try:
                 for prediction, frame_id in predictions:
                     results.add(prediction, frame_id)

@@ -6,6 +6,7 @@ from pathlib import Path
 from stream3r_core.evaluation.trajectory_files import TumWriter
 from stream3r_core.mapping import VoxelMap, save_ply
 from stream3r_core.types import FramePrediction
+from stream3r_core.uncertainty import Uncertainty
 from stream3r_ros.bag import BagWriter
 from stream3r_ros.config import NodeConfig
 from stream3r_ros.messages import rosbags_messages
@@ -14,7 +15,7 @@ from stream3r_ros.tf import T_map_of_first_camera
 
 TRAJECTORY, MAP, BAG = 'trajectory.tum', 'map.ply', 'bag'
 NAMESPACE = '/stream3r'  # of the topics that a node of that name publishes
-RECORDED = ('/tf', '~/pose', '~/depth/image', '~/depth/camera_info', '~/cloud')
+RECORDED = ('/tf', '~/pose', '~/odometry', '~/depth/image', '~/depth/camera_info', '~/cloud')
 
 
 class RunBag:
@@ -24,7 +25,13 @@ class RunBag:
     camera's. Raises :class:`OutputError` where it cannot write.
     """
 
-    def __init__(self, folder: Path, config: NodeConfig, voxel_map: VoxelMap):
+    def __init__(
+        self,
+        folder: Path,
+        config: NodeConfig,
+        voxel_map: VoxelMap,
+        uncertainty: Uncertainty | None = None,
+    ):
         self._folder = folder
         self._map = voxel_map
         self.outputs = Outputs(
@@ -33,6 +40,7 @@ class RunBag:
             T_map_world=T_map_of_first_camera(config),
             max_path_poses=config.outputs.path.max_poses,
             mapping=config.mapping,
+            uncertainty=uncertainty,
         )
         self.last_stamp_ns: int | None = None
         self._open_files = ExitStack()

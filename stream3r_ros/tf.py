@@ -62,6 +62,11 @@ def carrier_frame(camera_frame: str, config: NodeConfig) -> str:
     return config.odom_frame or config.base_frame or camera_frame
 
 
+def odometry_frame(camera_frame: str, config: NodeConfig) -> str:
+    """Return the frame whose pose and velocity the odometry message states."""
+    return config.base_frame or camera_frame
+
+
 def T_level_camera(roll: float, pitch: float) -> np.ndarray:
     """Return the pose [4, 4] of an optical frame at the origin, in a frame with z up.
 

@@ -5,10 +5,10 @@ from typing import NamedTuple
 import numpy as np
 
 from stream3r_core.types import FramePrediction
+from stream3r_core.uncertainty import mean_confidence, median_depth
 from stream3r_ros.config import TrackingConfig
 
 OK, DEGRADED, LOST = 'OK', 'DEGRADED', 'LOST'
-_CONFIDENCE_CAP = 100.0  # an exponential of the network: a few pixels must not make the mean
 
 
 class Quality(NamedTuple):
@@ -67,15 +67,10 @@ def judge(quality: Quality, config: TrackingConfig) -> str:
 def _quality(
     prediction: FramePrediction, T_world_camera: np.ndarray, T_world_last: np.ndarray | None
 ) -> Quality:
-    confidence = float(prediction.depth_conf.clamp(max=_CONFIDENCE_CAP).mean())
+    confidence = mean_confidence(prediction.depth_conf)
     if T_world_last is None:
         return Quality(confidence, 0.0, 0.0)
     motion = np.linalg.norm(T_world_camera[:3, 3] - T_world_last[:3, 3])
     cosine = (np.trace(T_world_last[:3, :3].T @ T_world_camera[:3, :3]) - 1) / 2
     turn = float(np.arccos(np.clip(cosine, -1.0, 1.0)))
-    return Quality(confidence, float(motion / _median_depth(prediction)), turn)
-
-
-def _median_depth(prediction: FramePrediction) -> float:
-    depth = prediction.depth[prediction.depth > 0]
-    return float(depth.median()) if len(depth) else float('nan')
+    return Quality(confidence, float(motion / median_depth(prediction.depth)), turn)
