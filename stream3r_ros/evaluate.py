@@ -246,7 +246,8 @@ def evaluate_task(task: Task, is_interrupted: Callable[[], bool] = lambda: False
         return compared()
     output_folder(task.folder, (BAG,), overwrite=True, inputs=task.inputs[:1])
     frame_id = camera_frame(clip.camera_frame or FILES_FRAME, task.config)
-    with RunBag(task.folder, task.config, pipeline.map) as bag:
+    uncertainty = pipeline.model.uncertainties.get(task.config.session.mode)
+    with RunBag(task.folder, task.config, pipeline.map, uncertainty) as bag:
         return compared(observe=partial(bag.add, camera_frame=frame_id))
 
 

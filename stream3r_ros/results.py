@@ -71,9 +71,15 @@ class RunBag:
 class Results:
     """Trajectory, map and bag of a replay, in the map frame; a context manager like RunBag."""
 
-    def __init__(self, folder: Path, config: NodeConfig, voxel_map: VoxelMap):
+    def __init__(
+        self,
+        folder: Path,
+        config: NodeConfig,
+        voxel_map: VoxelMap,
+        uncertainty: Uncertainty | None = None,
+    ):
         self._folder, self._map = folder, voxel_map
-        self._bag = RunBag(folder, config, voxel_map)
+        self._bag = RunBag(folder, config, voxel_map, uncertainty)
         self._open_files = ExitStack()
 
     def __enter__(self) -> 'Results':
