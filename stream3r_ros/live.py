@@ -32,6 +32,7 @@ from stream3r_ros.tf import (
 from stream3r_ros.tracking import OK, TrackingState
 from stream3r_ros.transforms import TransformBuffer, TransformError
 
+LEAP_S = 3600.0
 _log = logging.getLogger(__name__)
 
 
@@ -58,6 +59,7 @@ class LiveReconstruction:
         self._calibrate = Calibrator(config.rectify)
         self._device = next(model.parameters()).device
         self._last_stamp_ns: int | None = None
+        self._leapt_to_ns: int | None = None  # a stamp too far off to be believed on its own
         self._map_stamp_ns: int | None = None
         self._published_version = self._reconstructor.map.version, 1.0
         self._sent_scale, self._sent_version = 1.0, -1  # of the map, on ~/map_changes
@@ -69,12 +71,10 @@ class LiveReconstruction:
         self._trusted_pose: torch.Tensor | None = None
         self._restarts: Counter[str] = Counter()
         self._num_gaps = 0
-        self._warn_gap, self._warn_size, self._warn_transform, self._warn_scale = (
-            Throttled(_log.warning) for _ in range(4)
-        )
+        self._warn = Throttled(_log.warning)
+        self._warn_once = Throttled(_log.warning, quiet_s=float('inf'))
         self._num_without_tf = 0
         self._sigmas: Sigmas | None = None
-        self._last_warning = ''
         self.camera_info: Any = None
         self.figures = self._figures()
 
@@ -109,7 +109,7 @@ class LiveReconstruction:
         try:
             ratio = self._scale_ratio(prediction, frame, config)
         except (InputError, TransformError) as error:
-            self._warn_scale(f'no metric scale from this image: {error}')
+            self._warn(f'no metric scale from this image: {error}')
             return
         before = self._scale.value
         if ratio is not None:
@@ -215,9 +215,9 @@ class LiveReconstruction:
                 found[name], missing[name] = None, error
         if broadcast in missing:
             self._num_without_tf += 1
-            self._warn_transform(f'no transform is broadcast for this image: {missing[broadcast]}')
+            self._warn(f'no transform is broadcast for this image: {missing[broadcast]}')
         elif reported in missing:
-            self._warn_transform(f'no odometry for this image: {missing[reported]}')
+            self._warn(f'no odometry for this image: {missing[reported]}')
         return found[broadcast], found[reported]
 
     def _carrier(self, name: str, frame: str, stamp: int, config: NodeConfig) -> Carrier:
@@ -233,30 +233,44 @@ class LiveReconstruction:
             )
         if self._last_stamp_ns is None:
             return stamp
-        if stamp > self._last_stamp_ns:
-            self._note_gap((stamp - self._last_stamp_ns) / 1e9, config)
+        ahead_s = (stamp - self._last_stamp_ns) / 1e9
+        self._refuse_lone_leap(stamp, ahead_s)
+        if ahead_s > 0:
+            self._note_gap(ahead_s, config)
             return stamp
-        late_s = (self._last_stamp_ns - stamp) / 1e9
-        if late_s == 0:
+        if ahead_s == 0:
             raise InputError(f'the image has the stamp of the one before it ({stamp} ns)')
-        if late_s < config.backward_jump_s:
-            raise InputError(f'the image is {late_s:.3f} s older than the one before')
-        _log.warning('time jumped back by %.3f s: a new session starts, with an empty map', late_s)
+        if -ahead_s < config.backward_jump_s:
+            raise InputError(f'the image is {-ahead_s:.3f} s older than the one before')
+        _log.warning(
+            'time jumped back by %.3f s: a new session starts, with an empty map', -ahead_s
+        )
         self._restarts['time'] += 1
         self.restart()
         return stamp
 
+    def _refuse_lone_leap(self, stamp: int, ahead_s: float) -> None:
+        """Raise InputError for a leap in time that no second image confirms: a corrupt stamp."""
+        before, self._leapt_to_ns = self._leapt_to_ns, None
+        is_confirmed = before is not None and 0 < (stamp - before) / 1e9 < LEAP_S
+        if abs(ahead_s) > LEAP_S and not is_confirmed:
+            self._leapt_to_ns = stamp
+            raise InputError(
+                f'the stamp is {abs(ahead_s):.0f} s {"after" if ahead_s > 0 else "before"} the '
+                'last one, which a second image would have to confirm'
+            )
+
     def _note_gap(self, gap_s: float, config: NodeConfig) -> None:
         if config.max_gap_s and gap_s > config.max_gap_s:
             self._num_gaps += 1
-            self._warn_gap(f'no image for {gap_s:.3f} s: the poses after it may not fit')
+            self._warn(f'no image for {gap_s:.3f} s: the poses after it may not fit')
 
     def _check_size(self, image: np.ndarray, config: NodeConfig) -> None:
         """Start a new session for images of another size, which the network cannot go on with."""
         size_hw = image.shape[:2]
         if self._size_hw is not None and size_hw != self._size_hw:
             prepare(image, config.image, self._reconstructor.session.model.config)  # may refuse
-            self._warn_size(
+            self._warn(
                 f'images have {size_hw[1]} x {size_hw[0]} pixels now: a new session starts, with '
                 'an empty map'
             )
@@ -275,12 +289,6 @@ class LiveReconstruction:
         if self._calibrate.leaves_distortion:
             self._warn_once("camera_info has distortion, and rectify is 'never'")
         return calibrated
-
-    def _warn_once(self, text: str) -> None:
-        """Warn, unless that was the last warning too."""
-        if text != self._last_warning:
-            self._last_warning = text
-            _log.warning(text)
 
     def _figures(self) -> ReconstructionFigures:
         cache, cuda = self._reconstructor.session.cache, self._device.type == 'cuda'

@@ -1,26 +1,42 @@
 """Python logging of the core, forwarded to the logger of a ROS node."""
 
 import logging
+import re
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 
 _FORWARDED = ('stream3r_core', 'stream3r_ros')
 QUIET_S = 5.0
+MAX_KINDS = 64
+_VARYING = re.compile(r"""'[^']*'|"[^"]*"|[-+.\w]*\d[-+.\w]*|\b(nan|inf)\b""")
 
 
 class Throttled:
-    """Says a kind of thing at most every five seconds."""
+    """Says each kind of thing at most every ``quiet_s``, in bounded memory.
 
-    def __init__(self, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic):
-        self._say, self._clock = say, clock
-        self._quiet_until = float('-inf')
+    Texts that differ in numbers and in quoted words only are of one kind.
+    """
+
+    def __init__(
+        self,
+        say: Callable[[str], None],
+        quiet_s: float = QUIET_S,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._say, self._quiet_s, self._clock = say, quiet_s, clock
+        self._said: OrderedDict[str, float] = OrderedDict()
 
     def __call__(self, text: str) -> None:
         """Say it, or nothing."""
-        now = self._clock()
-        if now >= self._quiet_until:
-            self._quiet_until = now + QUIET_S
-            self._say(text)
+        now, kind = self._clock(), _VARYING.sub('#', text)
+        if now < self._said.get(kind, float('-inf')) + self._quiet_s:
+            return
+        self._said[kind] = now
+        self._said.move_to_end(kind)
+        if len(self._said) > MAX_KINDS:
+            self._said.popitem(last=False)
+        self._say(text)
 
 
 class RosLogHandler(logging.Handler):

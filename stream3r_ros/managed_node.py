@@ -84,9 +84,7 @@ class Stream3rNode(LifecycleNode):
         self._last_rejection: tuple[float, str] = (-WARNING_PERIOD_S, '')
         self._results = Publishers(self, self.config)
         self._transforms = TransformBuffer()
-        self._warn_tf, self._warn_depth = (
-            Throttled(lambda text: self.get_logger().warning(text)) for _ in range(2)
-        )
+        self._warn = Throttled(lambda text: self.get_logger().warning(text))
         self._inference: Worker[Incoming] | None = None
         self._live: LiveReconstruction | None = None
         self._background: Worker[Callable[[], None]] = Worker(
@@ -282,13 +280,13 @@ class Stream3rNode(LifecycleNode):
         try:
             self._live.depth_images.add(message)
         except InputError as error:
-            self._warn_depth(f'depth image rejected: {error}')
+            self._warn(f'depth image rejected: {error}')
 
     def _on_tf(self, message: TFMessage, is_static: bool) -> None:
         try:
             self._transforms.add(message, is_static)
         except InputError as error:
-            self._warn_tf(str(error))
+            self._warn(str(error))
 
     def _process(self, incoming: Incoming) -> None:
         self._live.process(incoming.message, self.config)
@@ -297,9 +295,7 @@ class Stream3rNode(LifecycleNode):
     def _on_rejected(self, error: InputError) -> None:
         self._last_rejection = time.monotonic(), str(error)
         if self.context.ok():
-            self.get_logger().warning(
-                f'image rejected: {error}', throttle_duration_sec=WARNING_PERIOD_S
-            )
+            self._warn(f'image rejected: {error}')
 
     def _on_failure(self, error: Exception) -> None:
         if not self.context.ok():

@@ -20,7 +20,7 @@ from stream3r_ros.diagnostics import (
     diagnostic_array,
 )
 from stream3r_ros.environment import prepare_environment
-from stream3r_ros.logging_bridge import RosLogHandler
+from stream3r_ros.logging_bridge import MAX_KINDS, RosLogHandler, Throttled
 from stream3r_ros.options import read_options
 from stream3r_ros.outputs import TOPICS
 from stream3r_ros.parameters import nest
@@ -309,3 +309,18 @@ def test_python_logging_reaches_the_ros_logger_while_the_context_is_up():
         log.removeHandler(handler)
     names = ('debug', 'info', 'warning', 'error', 'fatal')
     assert logger.lines == [(name, f'level {10 * (i + 1)}') for i, name in enumerate(names)]
+
+
+def test_each_kind_of_warning_is_said_once_in_a_while_in_bounded_memory():
+    said, now = [], [0.0]
+    warn = Throttled(said.append, quiet_s=5.0, clock=lambda: now[0])
+    for number in range(3):
+        warn(f"image {number} of 'camera{number}' is {number}.5 s late")
+        warn(f'the value is {float("nan") if number else 1.0}')
+    assert said == ["image 0 of 'camera0' is 0.5 s late", 'the value is 1.0']
+    now[0] = 5.0
+    warn('the value is inf')
+    assert said[-1] == 'the value is inf'
+    for number in range(10 * MAX_KINDS):
+        warn('x' * number)
+    assert len(warn._said) == MAX_KINDS
