@@ -23,6 +23,11 @@ PARAMETERS = {
     ),
     'device': ('model.device', 'auto, cpu, cuda or cuda:1'),
     'image_transport': ('image_transport', 'raw or compressed'),
+    'map_frame': ('map_frame', 'frame of map, path and pose'),
+    'odom_frame': ('odom_frame', 'frame of an odometry that is on /tf'),
+    'base_frame': ('base_frame', 'frame that carries the camera'),
+    'camera_frame': ('camera_frame', "optical frame, in place of the images' frame_id"),
+    'scale_source': ('scale.source', 'where metres come from: none, depth or odometry'),
     'save_directory': ('save_map.directory', 'folder that ~/save_map writes into'),
 }
 # Topics of config/reconstruct.rviz, which shows the node of this launch wherever it is.
@@ -37,6 +42,14 @@ def generate_launch_description() -> LaunchDescription:
             DeclareLaunchArgument('image_topic', default_value='/camera/image_raw'),
             DeclareLaunchArgument(
                 'info_topic', default_value='', description='empty: camera_info beside the images'
+            ),
+            DeclareLaunchArgument(
+                'depth_topic', default_value='', description='depth images: sets scale_source'
+            ),
+            DeclareLaunchArgument(
+                'depth_info_topic',
+                default_value='',
+                description='their camera_info; empty: beside them',
             ),
             DeclareLaunchArgument(
                 'params_file', default_value=str(resource('config/reconstruct.yaml'))
@@ -64,6 +77,11 @@ def actions(context: LaunchContext) -> list:
         parameter: given[name] for name, (parameter, _) in PARAMETERS.items() if name in given
     }
     overrides['use_sim_time'] = given['use_sim_time'] == 'true'
+    remappings = [('image', image_topic), ('camera_info', info_topic)]
+    if 'depth_topic' in given:
+        overrides.setdefault('scale.source', 'depth')
+        depth_info = given.get('depth_info_topic') or beside(given['depth_topic'])
+        remappings += [('depth', given['depth_topic']), ('depth_camera_info', depth_info)]
     node = Node(
         package='stream3r_ros',
         executable='stream3r',
@@ -71,7 +89,7 @@ def actions(context: LaunchContext) -> list:
         name=NODE_NAME,
         namespace=given.get('namespace', ''),
         parameters=[given['params_file'], overrides],
-        remappings=[('image', image_topic), ('camera_info', info_topic)],
+        remappings=remappings,
         output='screen',
     )
     started = [node]

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 
 from stream3r_core.errors import InputError
-from stream3r_ros.conversions import camera_matrix
+from stream3r_ros.conversions import CameraView, camera_view
 
 # Names of sensor_msgs/distortion_models, and the number of coefficients that OpenCV takes.
 PINHOLE_MODELS = {'plumb_bob': (4, 5), 'rational_polynomial': (4, 5, 8, 12, 14)}
@@ -40,6 +40,7 @@ class Calibrator:
     def __init__(self, rectify: str = 'auto'):
         self._rectify = rectify
         self._key: tuple | None = None
+        self._view: CameraView | None = None
         self._apply: Callable[[np.ndarray, int], Calibrated] | None = None
         self.leaves_distortion = False
 
@@ -54,25 +55,28 @@ class Calibrator:
             InputError: The calibration is for images of another size, or says nothing usable.
 
         """
-        if (info.height, info.width) != image.shape[:2]:
+        key = contents(info)
+        if key != self._key:
+            self._view = camera_view(info)
+            self._apply = None
+            self._key = key
+        height, width = self._view.size_hw
+        if (height, width) != image.shape[:2]:
             raise InputError(
-                f'camera_info is for {info.width} x {info.height} pixels, the image has '
+                f'camera_info is for {width} x {height} pixels, the image has '
                 f'{image.shape[1]} x {image.shape[0]}'
             )
-        key = _contents(info)
-        if key != self._key:
-            self._apply = self._prepare(info)
-            self._key = key
+        if self._apply is None:
+            self._apply = self._prepare(info, self._view)
         return self._apply(image, interpolation)
 
-    def _prepare(self, info: Any) -> Callable[[np.ndarray, int], Calibrated]:
-        K = camera_matrix(info)
+    def _prepare(self, info: Any, view: CameraView) -> Callable[[np.ndarray, int], Calibrated]:
+        K, size_wh = view.K, view.size_hw[::-1]
         is_distorted = any(distortion(info))
         self.leaves_distortion = is_distorted and self._rectify == 'never'
         if not is_distorted or self._rectify == 'never':
             return lambda image, _: Calibrated(image, K)
-        coefficients = _checked_coefficients(info)
-        size_wh = info.width, info.height
+        coefficients = checked_coefficients(info)
         K_rectified = rectified_K(K, coefficients, info.distortion_model, size_wh)
         lens = cv2.fisheye if info.distortion_model in FISHEYE_MODELS else cv2
         maps = lens.initUndistortRectifyMap(
@@ -128,12 +132,13 @@ def _border_pixels(width: int, height: int) -> np.ndarray:  # [N, 2]
     return np.concatenate([np.stack(side, -1) for side in sides]) * [width - 1, height - 1]
 
 
-def _checked_coefficients(info: Any) -> np.ndarray:
+def checked_coefficients(info: Any) -> np.ndarray:
+    """Return the distortion [n] of a CameraInfo; raises InputError unless OpenCV can take it."""
     model, coefficients = info.distortion_model, np.array(distortion(info), np.float64)
     if model not in _NUM_COEFFICIENTS:
         raise InputError(
             f'camera_info: distortion_model {model!r} is not supported; known: '
-            f'{", ".join(_NUM_COEFFICIENTS)}'
+            f"{', '.join(_NUM_COEFFICIENTS)}. rectify 'never' takes the images as they are"
         )
     if len(coefficients) not in _NUM_COEFFICIENTS[model]:
         raise InputError(
@@ -145,9 +150,13 @@ def _checked_coefficients(info: Any) -> np.ndarray:
     return coefficients
 
 
-def _contents(info: Any) -> tuple:
+def contents(info: Any) -> tuple:
+    """Return all that a CameraInfo says but for its header: equal for equal calibrations."""
     k = info.k if hasattr(info, 'k') else info.K
-    return info.height, info.width, info.distortion_model, *distortion(info), *map(float, k)
+    roi = info.roi
+    window = roi.x_offset, roi.y_offset, roi.width, roi.height, info.binning_x, info.binning_y
+    lens = info.distortion_model, *distortion(info), *map(float, k)
+    return info.height, info.width, *window, *lens
 
 
 def distortion(info: Any) -> list[float]:

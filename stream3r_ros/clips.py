@@ -18,7 +18,7 @@ from stream3r_ros.bag import DEPTH_ENCODINGS, RAW_IMAGE, BagReader, BagTopic
 from stream3r_ros.calibration import Calibrator, distortion
 from stream3r_ros.config import NodeConfig
 from stream3r_ros.conversions import (
-    camera_matrix,
+    camera_view,
     depth_from_message,
     image_from_message,
     stamp_ns,
@@ -113,7 +113,7 @@ def _view(bag: BagReader, topic: str, frame_id: str) -> _View:
         return _View(frame_id, None, None)
     info = bag.deserialize(message)
     try:
-        return _View(frame_id, camera_matrix(info), (info.height, info.width), info)
+        return _View(frame_id, *camera_view(info), info)
     except InputError:  # an uncalibrated camera is one without intrinsics
         return _View(frame_id, None, None)
 

@@ -132,8 +132,8 @@ class ScaleConfig:
 
     source: str = option(
         'none',
-        "'depth': a topic of depth images that are registered to the camera; 'odometry': the way "
-        'from odom_frame to the camera; applied to depth, poses and map alike',
+        "'depth': a topic of depth images; 'odometry': the way from odom_frame to the camera; "
+        'applied to depth, poses and map alike',
         choices=('none', 'depth', 'odometry'),
     )
     window: int = option(30, 'ratios whose median is the scale', minimum=1, maximum=10_000)

@@ -76,8 +76,40 @@ def depth_from_message(message: Any) -> np.ndarray:
     return depth_m
 
 
+class CameraView(NamedTuple):
+    """What a calibration says of the images that come with it."""
+
+    K: np.ndarray  # [3, 3] float64, pixels of these images
+    size_hw: tuple[int, int]
+
+
+def camera_view(info: Any) -> CameraView:
+    """Return what a sensor_msgs/CameraInfo says of its images, region and binning applied.
+
+    Height, width and K of the message are those of the whole sensor; its images show the region
+    of interest of it, of which ``binning_x`` by ``binning_y`` pixels make one. As in
+    image_geometry, binning divides the principal point like all other lengths.
+
+    Raises:
+        InputError: the region does not lie in the sensor, or as :func:`camera_matrix`.
+    """
+    K, roi = camera_matrix(info), info.roi
+    height, width = (roi.height, roi.width) if roi.height and roi.width else (
+        info.height - roi.y_offset, info.width - roi.x_offset
+    )  # fmt: skip
+    if not (0 < height <= info.height - roi.y_offset and 0 < width <= info.width - roi.x_offset):
+        raise InputError(
+            f'camera_info: the region of interest, {roi.width} x {roi.height} pixels at '
+            f'({roi.x_offset}, {roi.y_offset}), does not lie in {info.width} x {info.height}'
+        )
+    bins = np.maximum([info.binning_x, info.binning_y], 1)
+    K[:2, 2] -= roi.x_offset, roi.y_offset
+    K[:2] /= bins[:, None]
+    return CameraView(K, (int(height // bins[1]), int(width // bins[0])))
+
+
 def camera_matrix(info: Any) -> np.ndarray:
-    """Return K [3, 3] float64 of a sensor_msgs/CameraInfo, in pixels of the full image.
+    """Return K [3, 3] float64 of a sensor_msgs/CameraInfo, in pixels of the whole sensor.
 
     Raises:
         InputError: the camera is uncalibrated (K[0] = 0) or K is no camera matrix.

@@ -36,6 +36,7 @@ class ReconstructionFigures:
     cache_capacity_bytes: int = 0
     map_points: int = 0
     frames_without_tf: int = 0  # a transform from /tf was missing: none was broadcast
+    frames_without_scale: int = 0  # a depth image or transform that gives metres was missing
     metres_per_unit: float | None = None  # None: the scale is arbitrary
     tracking: str = OK  # or 'DEGRADED', 'LOST'
     quality: Quality | None = None  # of the last frame
@@ -106,6 +107,7 @@ class NodeStatus:
             'cache_capacity_bytes': str(made.cache_capacity_bytes),
             'map_points': str(made.map_points),
             'frames_without_tf': str(made.frames_without_tf),
+            'frames_without_scale': str(made.frames_without_scale),
             'scale': 'metric' if made.metres_per_unit else 'arbitrary',
             'tracking': made.tracking,
             'gaps': str(made.gaps),

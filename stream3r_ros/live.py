@@ -65,7 +65,7 @@ class LiveReconstruction:
         self._sent_scale, self._sent_version = 1.0, -1  # of the map, on ~/map_changes
         self._is_new = True
         self._scale, self._baseline = ScaleTracker(), BaselineScale()
-        self.depth_images = DepthScale()
+        self.depth_images = DepthScale(transforms)
         self._size_hw: tuple[int, int] | None = None
         self._tracking = TrackingState()
         self._trusted_pose: torch.Tensor | None = None
@@ -73,7 +73,7 @@ class LiveReconstruction:
         self._num_gaps = 0
         self._warn = Throttled(_log.warning)
         self._warn_once = Throttled(_log.warning, quiet_s=float('inf'))
-        self._num_without_tf = 0
+        self._num_without_tf = self._num_without_scale = 0
         self._sigmas: Sigmas | None = None
         self.camera_info: Any = None
         self.figures = self._figures()
@@ -109,6 +109,7 @@ class LiveReconstruction:
         try:
             ratio = self._scale_ratio(prediction, frame, config)
         except (InputError, TransformError) as error:
+            self._num_without_scale += 1
             self._warn(f'no metric scale from this image: {error}')
             return
         before = self._scale.value
@@ -121,7 +122,7 @@ class LiveReconstruction:
         self, prediction: FramePrediction, frame: str, config: NodeConfig
     ) -> float | None:
         if config.scale.source == 'depth':
-            return self.depth_images.ratio(prediction, frame, config.scale)
+            return self.depth_images.ratio(prediction, frame, config.scale, config.tf_timeout_s)
         T_odom_camera = self._transforms.lookup(
             config.odom_frame, frame, prediction.stamp_ns, config.tf_timeout_s
         )
@@ -298,6 +299,7 @@ class LiveReconstruction:
             cache_capacity_bytes=cache.capacity_bytes,
             map_points=self._reconstructor.map.num_points,
             frames_without_tf=self._num_without_tf,
+            frames_without_scale=self._num_without_scale,
             metres_per_unit=self._scale.value,
             tracking=self._tracking.state,
             quality=self._tracking.quality,

@@ -126,27 +126,23 @@ class Stream3rNode(LifecycleNode):
             kind = CompressedImage
             if not self._image_topic.endswith('/compressed'):
                 self._image_topic += '/compressed'  # where image_transport publishes it
-        for topic, message_type, callback in (
-            (self._image_topic, kind, self._on_image),
-            ('camera_info', CameraInfo, self._on_camera_info),
-        ):
-            self.create_subscription(
-                message_type,
-                topic,
-                callback,
-                SENSOR_DATA.for_rclpy(),
-                qos_overriding_options=QoSOverridingOptions.with_default_policies(),
-            )
+        self._subscribe_to(kind, self._image_topic, self._on_image)
+        self._subscribe_to(CameraInfo, 'camera_info', self._on_camera_info)
+
+    def _subscribe_to(self, kind: type, topic: str, callback: Callable[[Any], None]) -> None:
+        overridable = QoSOverridingOptions.with_default_policies()
+        self.create_subscription(
+            kind, topic, callback, SENSOR_DATA.for_rclpy(), qos_overriding_options=overridable
+        )
 
     def _listen_to_depth(self) -> None:
         if self.config.scale.source == 'depth':
-            qos, overridable = SENSOR_DATA, QoSOverridingOptions.with_default_policies()
-            self.create_subscription(
-                Image, 'depth', self._on_depth, qos.for_rclpy(), qos_overriding_options=overridable
-            )
+            self._subscribe_to(Image, 'depth', self._on_depth)
+            self._subscribe_to(CameraInfo, 'depth_camera_info', self._on_depth_camera_info)
 
     def _listen_to_tf(self) -> None:
-        if not (self.config.odom_frame or self.config.base_frame):
+        has_depth = self.config.scale.source == 'depth'
+        if not (self.config.odom_frame or self.config.base_frame or has_depth):
             return
         for topic, qos in (('/tf', Qos(depth=100)), ('/tf_static', Qos(depth=100, latched=True))):
             listen = partial(self._on_tf, is_static=topic == '/tf_static')
@@ -281,6 +277,10 @@ class Stream3rNode(LifecycleNode):
             self._live.depth_images.add(message)
         except InputError as error:
             self._warn(f'depth image rejected: {error}')
+
+    def _on_depth_camera_info(self, message: CameraInfo) -> None:
+        if self._live is not None:
+            self._live.depth_images.camera_info = message
 
     def _on_tf(self, message: TFMessage, is_static: bool) -> None:
         try:

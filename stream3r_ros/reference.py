@@ -24,6 +24,7 @@ class Input(NamedTuple):
     about: str
 
 
+TF_WANTED = 'with `odom_frame`, `base_frame` or `scale.source: depth`'
 INPUTS = {
     'image': Input(
         'sensor_msgs/msg/Image or CompressedImage',
@@ -36,13 +37,19 @@ INPUTS = {
     'depth': Input(
         'sensor_msgs/msg/Image',
         SENSOR_DATA,
-        '16UC1 (mm) or 32FC1 (m), registered to the camera; with `scale.source: depth`',
+        '16UC1 (mm) or 32FC1 (m), with `scale.source: depth`; registered to the camera, or with '
+        '`depth_camera_info`',
     ),
-    '/tf': Input('tf2_msgs/msg/TFMessage', Qos(depth=100), 'with `odom_frame` or `base_frame`'),
+    'depth_camera_info': Input(
+        'sensor_msgs/msg/CameraInfo',
+        SENSOR_DATA,
+        'of the depth images: they are moved into the camera by the transform between the frames',
+    ),
+    '/tf': Input('tf2_msgs/msg/TFMessage', Qos(depth=100), TF_WANTED),
     '/tf_static': Input(
         'tf2_msgs/msg/TFMessage',
         Qos(depth=100, latched=True),
-        'with `odom_frame` or `base_frame`',
+        TF_WANTED,
     ),
 }
 OUTPUTS = {

@@ -10,6 +10,8 @@ from stream3r_core.errors import InputError
 from stream3r_core.types import FramePrediction
 from stream3r_ros.config import ScaleConfig
 from stream3r_ros.conversions import depth_from_message, stamp_ns
+from stream3r_ros.depth_camera import DepthRays, depth_pairs
+from stream3r_ros.transforms import TransformBuffer
 
 MIN_PIXELS = 50  # that two depth images must share
 KEPT_DEPTH_IMAGES = 30
@@ -46,10 +48,18 @@ class ScaleTracker:
 
 
 class DepthScale:
-    """Compares predicted depth with the depth images of a registered depth camera."""
+    """Compares predicted depth with the images of a depth camera.
 
-    def __init__(self):
+    With :attr:`camera_info`, the depth camera's own, its points are moved into the camera by the
+    transform between the two, which need not be one camera. Without it the depth image must lie in
+    the camera's frame and is taken to show what the camera shows.
+    """
+
+    def __init__(self, transforms: TransformBuffer):
         self._images: deque[tuple[int, Any]] = deque(maxlen=KEPT_DEPTH_IMAGES)
+        self._transforms = transforms
+        self._rays = DepthRays()
+        self.camera_info: Any = None  # may be replaced at any time
 
     def add(self, message: Any) -> None:
         """Keep a depth image for the frame of its time; from any thread.
@@ -59,24 +69,40 @@ class DepthScale:
         self._images.append((stamp_ns(message), message))
 
     def ratio(
-        self, prediction: FramePrediction, camera_frame: str, config: ScaleConfig
+        self,
+        prediction: FramePrediction,
+        camera_frame: str,
+        config: ScaleConfig,
+        tf_timeout_s: float = 0.0,
     ) -> float | None:
         """Return the median of metres over scene units; None: no depth image of that time.
 
         Raises:
-            InputError: The depth image is damaged, or is not registered to the camera.
+            InputError: The depth image is damaged, or not of this camera and without calibration.
+            TransformError: Where the depth camera is at that time is not known.
 
         """
         offsets_ns = [(abs(at - prediction.stamp_ns), image) for at, image in list(self._images)]
         offset_ns, nearest = min(offsets_ns, key=lambda pair: pair[0], default=(0, None))
         if nearest is None or offset_ns > config.max_offset_s * 1e9:
             return None
-        if nearest.header.frame_id != camera_frame:
+        depth_m, frame, info = (
+            depth_from_message(nearest),
+            nearest.header.frame_id,
+            self.camera_info,
+        )
+        if info is not None:
+            points = self._rays.points(depth_m, info)
+            if frame != camera_frame:
+                T = self._transforms.lookup(camera_frame, frame, prediction.stamp_ns, tf_timeout_s)
+                points = points @ T[:3, :3].T + T[:3, 3]
+            return _median_ratio(*depth_pairs(prediction, points))
+        if frame != camera_frame:
             raise InputError(
-                f'depth images are in {nearest.header.frame_id!r}, the camera is '
-                f'{camera_frame!r}: only depth that is registered to the camera gives a scale'
+                f'depth images are in {frame!r}, the camera is {camera_frame!r}: only with '
+                'depth_camera_info can depth that is not registered to the camera give a scale'
             )
-        return depth_ratio(prediction, depth_from_message(nearest))
+        return depth_ratio(prediction, depth_m)
 
 
 def depth_ratio(prediction: FramePrediction, depth_m: np.ndarray) -> float | None:
@@ -88,8 +114,11 @@ def depth_ratio(prediction: FramePrediction, depth_m: np.ndarray) -> float | Non
     rows, columns = (_source_index(prediction, axis, depth_m.shape[axis]) for axis in (0, 1))
     inside = (rows >= 0)[:, None] & (columns >= 0)
     true_m = depth_m[np.maximum(rows, 0)][:, np.maximum(columns, 0)]
-    predicted = prediction.depth.numpy()
-    usable = inside & np.isfinite(true_m) & (true_m > 0) & (predicted > 0)
+    return _median_ratio(true_m[inside], prediction.depth.numpy()[inside])
+
+
+def _median_ratio(true_m: np.ndarray, predicted: np.ndarray) -> float | None:
+    usable = np.isfinite(true_m) & (true_m > 0) & (predicted > 0)
     if np.count_nonzero(usable) < MIN_PIXELS:
         return None
     return float(np.median(true_m[usable] / predicted[usable]))

@@ -144,6 +144,52 @@ def test_what_cannot_be_undone_is_refused_and_the_next_one_works(info, message):
     calibrate(image, camera_info('plumb_bob', LENSES['plumb_bob']))
 
 
+BINNED = {'binning_x': 2, 'binning_y': 3}
+
+
+def windowed(info, x_offset=0, y_offset=0, height=0, width=0, **binning):
+    """The same camera, of which images show a part, several pixels as one."""
+    info.roi.x_offset, info.roi.y_offset = x_offset, y_offset
+    info.roi.height, info.roi.width = height, width
+    for name, value in binning.items():
+        setattr(info, name, value)
+    return info
+
+
+@pytest.mark.parametrize(
+    ('window', 'size_hw'),
+    [
+        ({}, (HEIGHT, WIDTH)),
+        ({'x_offset': 40, 'y_offset': 30, 'height': 120, 'width': 200}, (120, 200)),
+        (BINNED, (80, 160)),
+        ({'x_offset': 40, 'y_offset': 30, 'height': 121, 'width': 200, **BINNED}, (40, 100)),
+    ],
+)
+@pytest.mark.parametrize('model', ['', 'plumb_bob', 'equidistant'])
+def test_intrinsics_hold_for_the_window_that_images_show(model, window, size_hw):
+    """A point of the scene lands where K says, in an image cut out of the sensor's and binned."""
+    direction = (0.05, 0.1)
+    u, v = seen_at(model, *direction) if model else (K @ [*direction, 1])[:2]
+    offset = np.array([window.get('x_offset', 0), window.get('y_offset', 0)])
+    bins = np.array([window.get('binning_x', 1), window.get('binning_y', 1)])
+    rows, columns = np.mgrid[: size_hw[0], : size_hw[1]]
+    seen = ([u, v] - offset) / bins
+    grey = 255 * np.exp(-((columns - seen[0]) ** 2 + (rows - seen[1]) ** 2) / 8)
+    info = windowed(camera_info(model, LENSES.get(model, [])), **window)
+    image, K_image = Calibrator()(grey.astype(np.uint8)[..., None].repeat(3, 2), info)
+    weight = image[..., 0].astype(float)
+    centre = np.array([(weight * columns).sum(), (weight * rows).sum()]) / weight.sum()
+    np.testing.assert_allclose(centre, (K_image @ [*direction, 1])[:2], atol=0.2)
+
+
+@pytest.mark.parametrize(
+    'window', [{'x_offset': WIDTH}, {'x_offset': 300, 'height': 10, 'width': 30}]
+)
+def test_a_window_that_does_not_lie_in_the_sensor_is_refused(window):
+    with pytest.raises(InputError, match='region of interest'):
+        Calibrator()(dot(5, 5), windowed(camera_info('', []), **window))
+
+
 NUMBERS = st.floats(allow_nan=True, allow_infinity=True, width=64)
 
 

@@ -14,6 +14,7 @@ from stream3r_ros.config import NodeConfig, ScaleConfig
 from stream3r_ros.messages import rosbags_messages
 from stream3r_ros.scale import BaselineScale, DepthScale, ScaleTracker, depth_ratio
 from stream3r_ros.tf import check_frames
+from stream3r_ros.transforms import TransformBuffer
 
 HEIGHT, WIDTH = 120, 160
 TRUE_SCALE = 2.5
@@ -68,7 +69,7 @@ def depth_message(stamp=STAMP, frame='camera'):
 
 
 def test_the_depth_image_of_the_same_time_is_taken_and_no_other():
-    depth = DepthScale()
+    depth = DepthScale(TransformBuffer())
     assert depth.ratio(predicted(), 'camera', CONFIG) is None
     depth.add(depth_message(STAMP + 30_000_000))
     assert depth.ratio(predicted(), 'camera', CONFIG) is None
@@ -76,8 +77,8 @@ def test_the_depth_image_of_the_same_time_is_taken_and_no_other():
     assert depth.ratio(predicted(), 'camera', CONFIG) == pytest.approx(TRUE_SCALE, rel=0.01)
 
 
-def test_depth_of_another_camera_is_refused():
-    depth = DepthScale()
+def test_depth_of_another_camera_is_refused_without_its_calibration():
+    depth = DepthScale(TransformBuffer())
     depth.add(depth_message(frame='depth_camera'))
     with pytest.raises(InputError, match='registered'):
         depth.ratio(predicted(), 'camera', CONFIG)

@@ -1,0 +1,52 @@
+"""Two cameras are two nodes in two namespaces, and nothing of one reaches the other."""
+
+import pytest
+from node_harness import ROOT, SMALL, one_thread, picture, stamp
+from sensor_msgs.msg import Image
+
+from stream3r_ros.conversions import stamp_ns
+from stream3r_ros.messages import rclpy_class, rclpy_messages
+from stream3r_ros.outputs import TOPICS
+
+pytestmark = pytest.mark.ros
+NAMES = ('left', 'right')
+
+
+def test_two_cameras_are_two_nodes_in_two_namespaces(spawn, node, spin_until, tmp_path):
+    messages, seen, cameras, children = rclpy_messages(), {}, {}, {}
+    for name in NAMES:
+        given = {**SMALL, 'map_frame': f'{name}_map'}
+        words = [word for key in given for word in ('-p', f'{key}:={given[key]}')]
+        log = (tmp_path / name).open('w')
+        arguments = ('node', '--ros-args', '-r', f'__ns:=/{name}', *words)
+        children[name] = spawn(
+            '-m', 'stream3r_ros', *arguments, cwd=ROOT, stdout=log, stderr=log, env=one_thread()
+        )
+        cameras[name] = node.create_publisher(Image, f'/{name}/image', 10)
+        seen[name] = []
+        for topic in ('~/pose', '~/odometry'):
+            kind, qos = TOPICS[topic]
+            full = topic.replace('~', f'/{name}/stream3r')
+            node.create_subscription(rclpy_class(kind), full, seen[name].append, qos.for_rclpy())
+    edges = []
+    kind, qos = TOPICS['/tf']
+    node.create_subscription(rclpy_class(kind), '/tf', edges.append, qos.for_rclpy())
+    numbers = dict.fromkeys(NAMES, 0)
+
+    def each_has_answered():
+        for name, camera in cameras.items():
+            assert children[name].poll() is None, (tmp_path / name).read_text()
+            if not seen[name]:  # best effort: an early image may find no listener
+                pixels = messages.rgb_image(
+                    picture(NAMES.index(name)), stamp(numbers[name]), f'{name}_eye'
+                )
+                numbers[name] += 1
+                camera.publish(pixels)
+        return all(len(seen[name]) > 1 for name in NAMES)
+
+    spin_until(each_has_answered)
+    for name in NAMES:
+        assert {m.header.frame_id for m in seen[name]} == {f'{name}_map'}
+        assert {stamp_ns(m) for m in seen[name]} <= {stamp(n) for n in range(numbers[name])}
+    links = {(t.header.frame_id, t.child_frame_id) for m in edges for t in m.transforms}
+    assert links == {(f'{name}_map', f'{name}_eye') for name in NAMES}
