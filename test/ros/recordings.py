@@ -7,16 +7,17 @@ import numpy as np
 from rosbags.rosbag1 import Writer as Ros1Writer
 from rosbags.typesys import Stores, get_typestore
 
-from stream3r_ros.bag import BagReader, BagWriter
+from stream3r_ros.bag import COMPRESSED_IMAGE, BagReader, BagWriter
 from stream3r_ros.cli import main
-from stream3r_ros.conversions import stamp_ns
+from stream3r_ros.conversions import image_from_message, stamp_ns
 from stream3r_ros.messages import rosbags_messages
-from stream3r_ros.qos import SENSOR_DATA
+from stream3r_ros.qos import LATCHED, SENSOR_DATA
 
 MESSAGES = rosbags_messages()
 START_NS = 1_700_000_000_123_456_789
 STEP_NS = 33_333_333
-CAMERA_FRAME = 'camera_optical'
+CAMERA_FRAME, DEPTH_FRAME = 'camera_optical', 'depth_optical'
+JPEG_FORMAT = 'rgb8; jpeg compressed bgr8'  # as image_transport writes it
 IMAGE_FIELDS = ('height', 'width', 'encoding', 'is_bigendian', 'step', 'data')
 SMALL = ('--set', 'model.weights=random', '--set', 'image.long_side=56')
 
@@ -56,6 +57,54 @@ def write_images(path, indices=range(6), topic='/camera/image_raw', extra=None):
             bag.write(topic, rgb(index), stamp(index), SENSOR_DATA)
             for name, make in (extra or {}).items():
                 bag.write(name, make(index), stamp(index))
+    return path
+
+
+def write_rig(path, indices=range(6)):
+    """Write a bag of an RGB-D camera: JPEG colour, and depth that is not registered to it."""
+    K_color = np.array([[70.0, 0, 39.5], [0, 70, 29.5], [0, 0, 1]])
+    T_color_depth = true_pose(1)
+    at = stamp(indices[0])
+    rig = MESSAGES.tf([MESSAGES.transform(T_color_depth, at, CAMERA_FRAME, DEPTH_FRAME)])
+    color = MESSAGES.camera_info(K_color, 60, 80, at, CAMERA_FRAME)
+    color.d = np.array([-0.029, 0, 0, 0, 0])
+    half = MESSAGES.camera_info(np.diag([0.5, 0.5, 1]) @ K_color, 30, 40, at, DEPTH_FRAME)
+    with BagWriter(path) as bag:
+        before = at - 10**9
+        bag.write('/tf_static', rig, before, LATCHED)
+        bag.write('/camera/color/camera_info', color, before)
+        bag.write('/camera/depth/camera_info', half, before)
+        for index in indices:
+            bag.write('/tf', true_tf(index), stamp(index))
+            jpeg = cv2.imencode('.jpg', picture(index)[..., ::-1])[1].tobytes()
+            made = MESSAGES.compressed_image(jpeg, JPEG_FORMAT, stamp(index), CAMERA_FRAME)
+            bag.write('/camera/color/image_raw/compressed', made, stamp(index), SENSOR_DATA)
+            depth_mm = np.full((30, 40), 2000 + 10 * index, np.uint16)
+            depth = MESSAGES.make(
+                'sensor_msgs/msg/Image',
+                header=MESSAGES.header(stamp(index), DEPTH_FRAME),
+                height=30,
+                width=40,
+                encoding='16UC1',
+                is_bigendian=0,
+                step=80,
+                data=depth_mm.view(np.uint8).ravel(),
+            )
+            bag.write('/camera/depth/image_rect_raw', depth, stamp(index), SENSOR_DATA)
+    return path
+
+
+def write_raw_twin(path, original):
+    """Write a bag again with its compressed images decoded; all else byte for byte."""
+    with BagReader(original) as source, BagWriter(path) as twin:
+        for message in source.messages():
+            if message.type != COMPRESSED_IMAGE:
+                twin.write_raw(message.topic, message.type, message.raw, message.stamp_ns)
+                continue
+            made = source.deserialize(message)
+            pixels = image_from_message(made)
+            raw = MESSAGES.rgb_image(pixels, stamp_ns(made), made.header.frame_id)
+            twin.write(message.topic.removesuffix('/compressed'), raw, message.stamp_ns)
     return path
 
 

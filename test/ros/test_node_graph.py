@@ -3,7 +3,16 @@
 import pytest
 from node_harness import ROOT
 from rclpy.serialization import deserialize_message
-from recordings import CAMERA_FRAME, recorded, replay, stamp, true_tf, write_images
+from recordings import (
+    CAMERA_FRAME,
+    recorded,
+    replay,
+    stamp,
+    true_tf,
+    write_images,
+    write_raw_twin,
+    write_rig,
+)
 
 from stream3r_ros.conversions import stamp_ns
 from stream3r_ros.messages import rosbags_messages
@@ -61,3 +70,25 @@ def test_only_the_nodes_own_transform_is_on_tf(live, spawn, bag):
     truth = [true_tf(index).transforms[0].transform.translation for index in range(NUM_IMAGES)]
     own = [edge.transform.translation for edge in edges]
     assert all((a.x, a.y, a.z) != (b.x, b.y, b.z) for a, b in zip(own, truth))
+
+
+@pytest.mark.parametrize('transport', ['compressed', 'raw'])
+def test_an_rgbd_camera_as_jpeg_and_its_raw_twin_give_the_poses_of_the_replay(
+    live, spawn, tmp_path, transport
+):
+    bag = write_rig(tmp_path / 'jpeg')
+    if transport == 'raw':
+        bag = write_raw_twin(tmp_path / 'raw', bag)
+    live.start(
+        *('-r', 'image:=/camera/color/image_raw', '-r', 'camera_info:=/camera/color/camera_info'),
+        **{'image_transport': transport, 'save_map.directory': str(tmp_path / 'live')},
+    )
+    spawn('-m', 'stream3r_ros', 'play', bag, '--lockstep', cwd=ROOT)
+    live.wait_until(lambda: live.figure('images_processed') == NUM_IMAGES)
+    assert live.call('save_map').success
+    replay(tmp_path / 'offline', tmp_path / 'jpeg', '--camera-info')
+    for name in ('trajectory.tum', 'map.ply'):
+        offline, saved = ((tmp_path / run / name).read_bytes() for run in ('offline', 'live'))
+        assert without_comments(saved) == without_comments(offline), name
+    edges = [edge for message in live.received['/tf'] for edge in message.transforms]
+    assert [stamp_ns(edge) for edge in edges] == STAMPS
