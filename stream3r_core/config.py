@@ -11,17 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from stream3r_core.backend.config import BackendConfig
 from stream3r_core.errors import ConfigError
+from stream3r_core.options import option
 
 T = TypeVar('T')
-
-
-def option(default: Any, help: str, **limits: Any) -> Any:
-    """Declare a leaf: default, help text and optional ``choices``, ``minimum``, ``maximum``."""
-    unknown = set(limits) - {'choices', 'minimum', 'maximum', 'live'}
-    if unknown:
-        raise TypeError(f'unknown option limits {sorted(unknown)}')
-    return field(default=default, metadata={'help': help, **limits})
 
 
 @dataclass(frozen=True)
@@ -377,6 +371,7 @@ class CoreConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     cache_paper: PublishedCacheConfig = field(default_factory=PublishedCacheConfig)
     mapping: MappingConfig = field(default_factory=MappingConfig)
+    backend: BackendConfig = field(default_factory=BackendConfig)
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any], path: str = '') -> T:

@@ -20,13 +20,7 @@ class Reconstructor:
 
     def __init__(self, model, config: CoreConfig):
         self.config = config
-        self.session = StreamSession(
-            model,
-            **dataclasses.asdict(config.session),
-            image=config.image,
-            outputs=needed_outputs(config),
-            cache=config.cache_paper if config.session.mode == 'stac_paper' else config.cache,
-        )
+        self.session = make_session(model, config)
         self.map = VoxelMap(config.mapping)
         self._T_world_session = torch.eye(4)
 
@@ -90,6 +84,17 @@ class Reconstructor:
         """
         self.session.reset()
         self._T_world_session = T_world_camera.float().cpu()
+
+
+def make_session(model, config: CoreConfig) -> StreamSession:
+    """Return the streaming session that a configuration asks for."""
+    return StreamSession(
+        model,
+        **dataclasses.asdict(config.session),
+        image=config.image,
+        outputs=needed_outputs(config),
+        cache=config.cache_paper if config.session.mode == 'stac_paper' else config.cache,
+    )
 
 
 def needed_outputs(config: CoreConfig) -> tuple[str, ...]:

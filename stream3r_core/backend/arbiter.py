@@ -12,6 +12,11 @@ A proposed loop passes through four hands.
    contradict them, unless that strains the odometry beyond what drift explains. A doubted loop
    also gets in once the graph has come to agree with it.
 
+What drift explains is a model, and a network may be worse than it. So doubted loops between
+several submaps that agree with each other, while no loop of the graph contradicts them, are
+believed against the model: they tell by how much drift exceeds it (``drift_factor``), and all
+odometry is given that uncertainty.
+
 A max-mixture of two components in the sense of Olson and Agarwal, Inference on networks of
 mixtures for robust robot mapping (2013), with agreement between loops in place of a prior.
 """
@@ -28,6 +33,7 @@ from stream3r_core.backend.pose_graph import Edge, PoseGraph, moved_edges
 from stream3r_core.errors import InputError
 
 LIKELY = 24.3  # squared distance that 99.9 % of 7-dimensional Gaussian errors stay below
+_DIMENSIONS = 7
 _MAX_TIMES_OFF = 3  # that a loop is switched off before it is forgotten
 _CONTEST_STEPS = 8
 
@@ -44,6 +50,7 @@ class LoopArbiter:
         self._proposed: list[Edge] = []
         self._last_speaker: Edge | None = None  # the newest doubted loop that had its contest
         self._limit = LIKELY * self.config.inflation**2
+        self.drift_factor = 1.0  # by which drift was found to exceed its model
 
     def propose(self, i: int, j: int, S_i_j: np.ndarray, covariance: np.ndarray) -> Edge:
         """Propose a loop: submap ``j`` lies at ``S_i_j`` [4, 4] in ``i``; covariance [7, 7]."""
@@ -75,14 +82,14 @@ class LoopArbiter:
                 entering.append(edge)
         if not (moves or entering):
             graph.step()
-            return self._contest()
+            return self._hear_doubted()
         self._enter(entering)
         for _ in range(self.config.max_iterations - 1):
             if not graph.is_settled:
                 graph.step()
         if graph.is_settled and not self._judge():
             self._retry()
-            self._contest()
+            self._hear_doubted()
         return True
 
     def _supported(self) -> list[tuple[Edge, list[Edge]]]:
@@ -172,8 +179,8 @@ class LoopArbiter:
             self._enter(agreed)
             self.graph.is_settled = False
 
-    def _contest(self) -> bool:
-        """Let doubted loops that agree replace fewer nearby ones; return whether they did."""
+    def _hear_doubted(self) -> bool:
+        """Let the newest doubted loop and those that agree with it speak; whether that moved."""
         graph = self.graph
         if not self.doubted or self.doubted[-1] is self._last_speaker:
             return False
@@ -181,7 +188,39 @@ class LoopArbiter:
         side = [speaker, *self._friends(speaker, list(self.doubted))]
         friends = set(self._friends(speaker, graph.loops))
         opponents = [e for e in graph.loops if self._is_near(speaker, e) and e not in friends]
-        if not opponents or len(side) <= len(opponents):
+        return self._contest(side, opponents) if opponents else self._believe(side)
+
+    def _believe(self, side: list[Edge]) -> bool:
+        """Take in loops that agree, if they are enough, and learn from them what drift is."""
+        needed = self.config.consensus
+        ends = [{edge.keys[end] for edge in side} for end in (0, 1)]
+        if not needed or min(map(len, ends)) < min(needed, 2) or len(ends[1]) < needed:
+            return False
+        if self.graph.has_news:
+            self.graph.step()
+        distances = [self.graph.distance(edge) for edge in side]
+        growth = float(np.sqrt(np.median(distances) / _DIMENSIONS))
+        if self.drift_factor * growth > self.config.max_drift_factor:
+            return False
+        self._expect_drift(max(growth, 1.0))
+        for edge in side:
+            self.doubted.remove(edge)
+        self._enter(side)
+        self.graph.is_settled = False
+        return True
+
+    def _expect_drift(self, growth: float) -> None:
+        """Multiply the standard deviations of all odometry."""
+        self.drift_factor *= growth
+        odometry = [edge for edge in self.graph.edges if edge.kind == 'odometry']
+        for edge in odometry:
+            edge.covariance = growth**2 * edge.covariance
+        self.graph.change(odometry)
+
+    def _contest(self, side: list[Edge], opponents: list[Edge]) -> bool:
+        """Let doubted loops that agree replace fewer nearby ones; return whether they did."""
+        graph = self.graph
+        if len(side) <= len(opponents):
             return False
         before, poses, doubted = list(graph.edges), dict(graph.poses()), list(self.doubted)
         state = [(edge, edge.on_trial, edge.times_off) for edge in (*graph.loops, *doubted)]

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from itertools import pairwise
 from threading import RLock
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,14 +17,23 @@ _MOVED = 1e-4  # relative change of a similarity's entries that consumers are to
 _COARSEST = 100  # points that a submap keeps whatever the budget
 
 
+class SubmapRows(NamedTuple):
+    """Points of one submap that are new, or have moved."""
+
+    S_map_submap: np.ndarray  # [4, 4]
+    numbers: np.ndarray  # [N] int64, of the points in the submap
+    cloud: MapCloud  # [N] points in the submap's frame
+    weight: np.ndarray  # [N] float32 > 0
+
+
 @dataclass(frozen=True)
 class AtlasChange:
-    """What happened to the map after a version."""
+    """What happened to the points of the map after a version; keys are those of submaps."""
 
     version: int  # pass it to the next call
-    S_map_submap: dict[int, np.ndarray]  # [4, 4] of the submaps that are new or have moved
-    clouds: dict[int, MapCloud]  # points in the submap's frame, of those whose points changed
-    removed: tuple[int, ...]  # submaps that are gone: folded into others
+    is_complete: bool  # these are all points there are: forget what came before
+    rows: dict[int, SubmapRows]
+    gone: dict[int, np.ndarray]  # numbers [N] of points that are no longer there
 
 
 class Atlas:
@@ -39,9 +49,13 @@ class Atlas:
         self.submaps: dict[int, Submap] = {}
         self._S_map: dict[int, np.ndarray] = {}
         self._version = 0
+        self._num_moves = 0
         self._moved_at: dict[int, int] = {}
         self._filled_at: dict[int, int] = {}
-        self._removed: dict[int, int] = {}  # key: version
+        self._renumbered_at: dict[int, int] = {}
+        self._most_rows: dict[int, int] = {}  # that a submap ever had
+        self._opened: tuple[int, list[tuple[int, int]]] = -1, []  # key; its point versions by ours
+        self._removed: dict[int, tuple[int, int]] = {}  # key: version, rows it ever had
         self._forgotten_until = -1  # of the removals
 
     @property
@@ -64,37 +78,75 @@ class Atlas:
             )
             moved = [key for key, same in zip(known, is_close) if not same]
             moved += [key for key in poses if key not in self._S_map]
+            self._num_moves += any(key in self._S_map for key in moved)
             if moved:
                 self._version += 1
                 self._S_map.update((key, poses[key]) for key in moved)
                 self._moved_at.update(dict.fromkeys(moved, self._version))
             return bool(moved)
 
+    @property
+    def num_moves(self) -> int:
+        """Counts the corrections: submaps that were there have moved."""
+        return self._num_moves
+
     def add(self, submap: Submap, S_map_submap: np.ndarray) -> None:
         """Append a submap."""
         with self.lock:
             self.submaps[submap.key] = submap
+            self._opened, self._most_rows[submap.key] = (submap.key, []), 0
             self.place({submap.key: S_map_submap})
-            self.touch(submap.key)
+            self.renumber(submap.key)
 
     def touch(self, key: int) -> None:
-        """Note that the points of a submap have changed."""
+        """Note that the points of a submap have changed, or that there are more."""
         with self.lock:
+            submap = self.submaps[key]
             self._version += 1
             self._filled_at[key] = self._version
+            self._most_rows[key] = max(self._most_rows[key], submap.num_rows)
+            if submap.is_open:
+                self._opened[1].append((self._version, submap.point_version))
+
+    def renumber(self, key: int) -> None:
+        """Note that the points of a submap are others now."""
+        with self.lock:
+            self.touch(key)
+            self._renumbered_at[key] = self._version
 
     def changed_since(self, version: int) -> AtlasChange:
-        """Return what is new after ``version``; -1: everything."""
+        """Return what is new after ``version``; -1: everything.
+
+        The numbers of an open submap's points last; a submap that is closed, coarsened or folded
+        numbers its points anew.
+        """
         with self.lock:
-            if version < self._forgotten_until:
-                version = -1
-            filled = [k for k in self.submaps if self._filled_at[k] > version]
-            return AtlasChange(
-                self._version,
-                {k: self._S_map[k] for k in self.submaps if self._moved_at[k] > version},
-                {k: self.submaps[k].cloud for k in filled},
-                tuple(key for key, at in self._removed.items() if at > version),
-            )
+            is_complete = version < max(self._forgotten_until, 0)
+            version = -1 if is_complete else version
+            rows, gone = {}, {}
+            for key, submap in self.submaps.items():
+                is_moved = max(self._moved_at[key], self._renumbered_at[key]) > version
+                if not is_moved and self._filled_at[key] <= version:
+                    continue
+                numbers, cloud, weight = submap.rows_since(
+                    -1 if is_moved else self._point_version(key, version)
+                )
+                lost = numbers[weight == 0]
+                if self._renumbered_at[key] > version:
+                    beyond = np.arange(submap.num_rows, self._most_rows[key])
+                    lost = np.concatenate([lost, beyond])
+                rows[key] = _present(self._S_map[key], numbers, cloud, weight)
+                gone[key] = lost
+            for key, (at, most) in self._removed.items():
+                if at > version:
+                    gone[key] = np.arange(most)
+            return AtlasChange(self._version, is_complete, rows, {} if is_complete else gone)
+
+    def _point_version(self, key: int, version: int) -> int:
+        """Return the version that the points of an open submap had at a version of the atlas."""
+        opened, versions = self._opened
+        known = [points for at, points in versions if at <= version] if key == opened else []
+        return known[-1] if known else -1
 
     def cloud(self) -> MapCloud:
         """All points in the map frame, of one moment."""
@@ -129,17 +181,30 @@ class Atlas:
     def fold(self, key: int, into: int, S_into_key: np.ndarray) -> None:
         """Make a closed submap part of another one."""
         with self.lock:
-            self.submaps[into].absorb(self.submaps.pop(key), S_into_key)
+            self.submaps[into].absorb(self.submaps[key], S_into_key)
             self.submaps[into].coarsen(self.config.max_submap_points)
-            del self._S_map[key], self._moved_at[key], self._filled_at[key]
-            self.touch(into)
-            self._removed[key] = self._version
-            while len(self._removed) > self.config.max_submaps:
-                self._forgotten_until = self._removed.pop(next(iter(self._removed)))
+            self.renumber(into)
+            self.remove(key)
 
-    def surplus(self) -> list[tuple[int, int]]:
-        """Which submaps (key, into) to fold so that there are few enough: the shortest pairs."""
-        closed = [key for key, submap in self.submaps.items() if not submap.is_open][:-1]
+    def remove(self, key: int) -> None:
+        """Forget a submap."""
+        with self.lock:
+            self._version += 1
+            self._removed[key] = self._version, self._most_rows[key]
+            for by_key in (
+                self.submaps, self._S_map, self._moved_at, self._filled_at, self._renumbered_at,
+                self._most_rows,
+            ):  # fmt: skip
+                del by_key[key]
+            while len(self._removed) > self.config.max_submaps:
+                self._forgotten_until, _ = self._removed.pop(next(iter(self._removed)))
+
+    def surplus(self, before: int) -> list[tuple[int, int]]:
+        """Which submaps (key, into) to fold so that there are few enough: the shortest pairs.
+
+        Of those that came before a submap, but the last.
+        """
+        closed = [key for key in self.submaps if key < before][:-1]
         if len(self.submaps) <= self.config.max_submaps:
             return []
         wanted = len(self.submaps) - int(_SLACK * self.config.max_submaps)
@@ -202,7 +267,17 @@ class Atlas:
                 break
             submap.coarsen(max(before // 2, _COARSEST))
             surplus -= before - submap.num_points
-            self.touch(submap.key)
+            self.renumber(submap.key)
+
+
+def _present(S_map_submap, numbers, cloud: MapCloud, weight) -> SubmapRows:
+    """Rows without the removed ones."""
+    there = weight > 0
+    if there.all():
+        return SubmapRows(S_map_submap, numbers, cloud, weight)
+    columns = (cloud.points_xyz, cloud.colors_rgb, cloud.confidence)
+    cloud = MapCloud(*(column[there] for column in columns))
+    return SubmapRows(S_map_submap, numbers[there], cloud, weight[there])
 
 
 def _surplus(numbers: list[int], budget: int) -> set[int] | None:

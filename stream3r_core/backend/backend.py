@@ -17,6 +17,7 @@ from stream3r_core.backend.pose_graph import Edge, PoseGraph
 from stream3r_core.backend.submap import Submap
 from stream3r_core.backend.verification import (
     PairPredictor,
+    Verdict,
     drift_covariance,
     moved_covariance,
     verify_pair,
@@ -27,23 +28,49 @@ from stream3r_core.types import FramePrediction
 
 
 @dataclass(frozen=True)
+class Joint:
+    """How a new submap hangs on the one before it."""
+
+    previous: int | None  # None: it is the first of all
+    S_previous_key: np.ndarray  # [4, 4]
+    covariance: np.ndarray  # [7, 7] tangent at the new submap
+    alignment: Alignment | None
+
+
+@dataclass(frozen=True)
 class BackendUpdate:
     """What became of one frame."""
 
     submap: int
-    is_keyframe: bool
-    alignment: Alignment | None  # of this submap with the one before, when it has just been found
-    loops: tuple[tuple[int, int], ...]  # submaps of the revisits that this frame has shown
-    moved: bool  # poses of the map have changed
+    keyframe: Keyframe | None = None  # the frame, if it is one
+    joint: Joint | None = None  # of this submap, when it has just been placed
+    loops: tuple[tuple[int, int], ...] = ()  # submaps of the revisits that this frame has shown
+    moved: bool = False  # poses of the map have changed
+
+    @property
+    def is_keyframe(self) -> bool:
+        """Whether the frame is one."""
+        return self.keyframe is not None
+
+    @property
+    def alignment(self) -> Alignment | None:
+        """Of this submap with the one before, when it has just been found."""
+        return None if self.joint is None else self.joint.alignment
+
+    @property
+    def has_work(self) -> bool:
+        """Whether :meth:`SubmapBackend.follow` has anything to do for this frame."""
+        return self.keyframe is not None or self.joint is not None
 
 
 class SubmapBackend:
     """Feed it the predictions of a front end that restarts its session now and then.
 
     A prediction of index 0 starts a submap, whose frame is the session's world. Frames that the
-    caller feeds to both sessions (same ``frame_id``) join the submaps. All work happens in the
-    calling thread; :attr:`atlas` may be read from any other. See
-    :class:`~stream3r_core.backend.worker.BackendWorker` for a thread of its own.
+    caller feeds to both sessions (same ``frame_id``) join the submaps. :meth:`add` does all work
+    in the calling thread. It is :meth:`track`, which is quick, and :meth:`follow`, which searches
+    revisits and optimises; these may run in a thread each, in the same order of frames (see
+    :class:`~stream3r_core.backend.worker.BackendWorker`). :attr:`atlas` may be read from any.
 
     Frames: ``map`` is that of the first submap; ``odom`` is the same chain of submaps without any
     loop, which never jumps.
@@ -56,24 +83,29 @@ class SubmapBackend:
         predict_pairs: PairPredictor | None = None,
     ):
         self.config = config or BackendConfig()
-        limit = self.config.submaps.max_submap_points
-        self._mapping = replace(mapping or MappingConfig(), max_points=limit)
+        self._limit = self.config.submaps.max_submap_points
+        self.mapping = mapping or MappingConfig()
         self._predict_pairs = predict_pairs
-        self.graph = PoseGraph(self.config.graph)
-        self.arbiter = LoopArbiter(self.graph, self.config.loops)
         self.atlas = Atlas(self.config.submaps)
-        self.places = PlaceIndex(self.config.places)
-        self._selector = KeyframeSelector(self.config.keyframes)
-        self._S_odom: dict[int, np.ndarray] = {}
         self.next_key = 0
+        self.last_frame_id = -1
+        self._S_odom: dict[int, np.ndarray] = {}
+        self._unjoined: dict[int, Joint] = {}  # placed by track, not in the graph yet
+        # of the thread that tracks
+        self._selector = KeyframeSelector(self.config.keyframes)
         self._submap: Submap | None = None
         self._previous: Submap | None = None
         self._tail: deque[Keyframe] = deque(maxlen=self.config.submaps.overlap)  # newest views
         self._old_tail: list[Keyframe] = []
         self._old_path = 0.0
         self._head: list[Keyframe] | None = None  # of a submap that is not joined yet
-        self.last_frame_id = -1
+        # of the thread that follows
+        self.graph = PoseGraph(self.config.graph)
+        self.arbiter = LoopArbiter(self.graph, self.config.loops)
+        self.places = PlaceIndex(self.config.places)
         self._num_loops: Counter[int] = Counter()  # found between this submap and older ones
+        self._searching = -1  # the submap that these were found for
+        self.num_loops = 0  # verified so far
 
     def add(
         self,
@@ -94,6 +126,13 @@ class SubmapBackend:
                 that submaps share, or its pose is not finite.
 
         """
+        return self.follow(self.track(prediction, frame_id), descriptor)
+
+    def track(self, prediction: FramePrediction, frame_id: int) -> BackendUpdate:
+        """Give a frame its place in its submap, and a new submap its place on the one before.
+
+        Arguments and errors as for :meth:`add`. Hand the answer to :meth:`follow`.
+        """
         view = to_keyframe(prediction, frame_id, self.config.keyframes)
         if prediction.index == 0:
             self._start_submap()
@@ -103,24 +142,36 @@ class SubmapBackend:
                 'the session together with the back end'
             )
         self._submap.visit(view)
-        is_shared = frame_id <= self.last_frame_id
-        if is_shared:
+        if frame_id <= self.last_frame_id:
             self._check_shared(frame_id)
             self._head.append(view)
-            return BackendUpdate(self._submap.key, False, None, (), False)
-        alignment = self._join(view) if self._head is not None else None
-        moved = alignment is not None and self._optimise()
+            return BackendUpdate(self._submap.key)
+        joint = self._join(view) if self._head is not None else None
         self.last_frame_id = frame_id
         with self.atlas.lock:
             self._submap.add(prediction, view)
-        self.atlas.touch(self._submap.key)
+            self.atlas.touch(self._submap.key)
         self._tail.append(view)
         is_keyframe = self._selector.is_keyframe(view)
-        loops = ()
-        if is_keyframe:
-            loops = self._remember(view, descriptor() if callable(descriptor) else descriptor)
+        return BackendUpdate(self._submap.key, view if is_keyframe else None, joint)
+
+    def follow(
+        self,
+        update: BackendUpdate,
+        descriptor: np.ndarray | Callable[[], np.ndarray] | None = None,
+    ) -> BackendUpdate:
+        """Bring a tracked frame into the graph; search and verify revisits; optimise."""
+        moved, loops = False, ()
+        if update.joint is not None:
+            self._enter_graph(update.submap, update.joint)
+            moved = self._optimise()
+        if update.keyframe is not None:
+            view = update.keyframe
+            loops = self._remember(
+                view, update.submap, descriptor() if callable(descriptor) else descriptor
+            )
             moved |= self._optimise()
-        return BackendUpdate(self._submap.key, is_keyframe, alignment, loops, moved)
+        return replace(update, loops=loops, moved=moved)
 
     def _check_shared(self, frame_id: int) -> None:
         if self._head is None:
@@ -134,39 +185,49 @@ class SubmapBackend:
         if is_begun:  # a submap that has no frame of its own yet is dropped without loss
             with self.atlas.lock:
                 self._submap.close()
+                self.atlas.renumber(self._submap.key)
             self._previous, self._old_path = self._submap, self._submap.path_length
             self._old_tail = list(self._tail)
-            self._hold_budgets()
-        self._submap = Submap(self.next_key, self._mapping)
+        mapping = replace(self.mapping, max_points=self._limit)
+        self._submap = Submap(self.next_key, mapping)
         self.next_key += 1
         self._head = []
         self._selector.reset()
-        self._num_loops.clear()
 
-    def _join(self, view: Keyframe) -> Alignment | None:
+    def _join(self, view: Keyframe) -> Joint:
         """Place the new submap: its first frame of its own has come."""
         head, self._head = self._head or [view], None
         key = self._submap.key
         if self._previous is None:
-            self.graph.add_first(key, np.eye(4))
-            self._S_odom[key] = np.eye(4)
-            self.atlas.add(self._submap, np.eye(4))
-            return None
-        previous = self._previous.key
-        alignment = align_submaps(self._old_tail, head, self.config.alignment)
-        S = alignment.S_old_new
-        covariance = self._joint_covariance(alignment)
-        self.graph.add_submap(key, previous, S, covariance)
-        self._S_odom[key] = self._S_odom[previous] @ S
-        self.atlas.add(self._submap, self.graph.pose(key))
-        return alignment
+            joint, S_map, S_odom = Joint(None, np.eye(4), np.eye(7), None), np.eye(4), np.eye(4)
+        else:
+            previous = self._previous.key
+            alignment = align_submaps(self._old_tail, head, self.config.alignment)
+            S = alignment.S_old_new
+            joint = Joint(previous, S, self._joint_covariance(alignment), alignment)
+            S_map, S_odom = self.atlas.S_map_submap(previous) @ S, self._S_odom[previous] @ S
+        with self.atlas.lock:
+            self._S_odom[key], self._unjoined[key] = S_odom, joint
+            self.atlas.add(self._submap, S_map)
+        return joint
+
+    def _enter_graph(self, key: int, joint: Joint) -> None:
+        if joint.previous is None:
+            self.graph.add_first(key, joint.S_previous_key)
+        else:
+            covariance = self.arbiter.drift_factor**2 * joint.covariance
+            self.graph.add_submap(key, joint.previous, joint.S_previous_key, covariance)
+        with self.atlas.lock:
+            del self._unjoined[key]
+        self._hold_budgets(key)
 
     def _joint_covariance(self, alignment: Alignment) -> np.ndarray:
         """Uncertainty [7, 7] of the new submap: drift of the old one, more where it is guessed."""
         if not self._old_tail:
             return self._anywhere()
         junction, config = self._old_tail[-1], self.config.alignment
-        covariance = drift_covariance(1.0, self._old_path, self.config.drift)
+        way = self._previous.T_submap_camera
+        covariance = drift_covariance(way, 1.0, self._old_path, self.config.drift)
         if alignment.is_lost:
             length = config.lost_translation * junction.median_depth
             angle = np.deg2rad(config.lost_rotation_deg)
@@ -182,21 +243,23 @@ class SubmapBackend:
         extent = float(np.ptp(positions, axis=0).max(initial=0.0)) + 1.0
         return np.diag(np.square([np.pi] * 3 + [extent] * 3 + [1.0]))
 
-    def _remember(self, view: Keyframe, descriptor) -> tuple[tuple[int, int], ...]:
+    def _remember(self, view: Keyframe, key: int, descriptor) -> tuple[tuple[int, int], ...]:
         """Keep a keyframe; search and verify revisits."""
         if descriptor is not None:
             view = replace(view, descriptor=np.array(descriptor, np.float32))
         with self.atlas.lock:
-            self._submap.keyframes.append(view)
+            self.atlas.submaps[key].keyframes.append(view)
+            order = {k: position for position, k in enumerate(self.atlas.submaps)}
         if descriptor is None:
             return ()
-        key = self._submap.key
-        order = {k: position for position, k in enumerate(self.atlas.submaps)}
+        if key != self._searching:
+            self._searching = key
+            self._num_loops.clear()
         found = self.places.search(view.descriptor, key, order)
         self.places.add(key, view.frame_id, view.descriptor)
         wanted = [p for p in found if self._num_loops[p.submap] < self.config.loops.max_per_pair]
         candidates = [(place.submap, self._keyframe(place)) for place in wanted]
-        return self._verify([(s, k) for s, k in candidates if k is not None], view)
+        return self._verify([(s, k) for s, k in candidates if k is not None], view, key)
 
     def _keyframe(self, place) -> Keyframe | None:
         """The keyframe of a place, if it can be shown to the network."""
@@ -208,7 +271,7 @@ class SubmapBackend:
     def _is_shown(self, keyframe: Keyframe) -> bool:
         return keyframe.image_rgb is not None or not self.config.keyframes.keep_images
 
-    def _verify(self, candidates, view: Keyframe) -> tuple[tuple[int, int], ...]:
+    def _verify(self, candidates, view: Keyframe, key: int) -> tuple[tuple[int, int], ...]:
         if not candidates or self._predict_pairs is None:
             return ()
         found = []
@@ -217,50 +280,69 @@ class SubmapBackend:
             verdict = verify_pair(keyframe, view, pair, self.config.loops, self.config.alignment)
             if verdict.S_i_j is not None:
                 covariance = verdict.covariance + self._inner_drift(
-                    submap, keyframe, view, verdict
+                    submap, keyframe, key, view, verdict
                 )
-                self.arbiter.propose(submap, self._submap.key, verdict.S_i_j, covariance)
+                self.arbiter.propose(submap, key, verdict.S_i_j, covariance)
                 self._num_loops[submap] += 1
-                found.append((submap, self._submap.key))
+                found.append((submap, key))
+        self.num_loops += len(found)
         return tuple(found)
 
-    def _inner_drift(self, submap: int, first: Keyframe, second: Keyframe, verdict) -> np.ndarray:
+    def _inner_drift(
+        self, i: int, first: Keyframe, j: int, second: Keyframe, verdict: Verdict
+    ) -> np.ndarray:
         """What the poses of two keyframes may err by within their submaps, [7, 7] at origin j."""
-        old = self.atlas.submaps[submap]
-        inside = np.searchsorted(old.frame_ids, first.frame_id) / max(old.num_frames, 1)
-        share = self._submap.num_frames / self.config.submaps.max_frames
-        drift = self.config.drift
-        ahead = drift_covariance(min(float(inside), 1.0), float(inside) * old.path_length, drift)
-        behind = drift_covariance(min(share, 1.0), self._submap.path_length, drift)
+        ahead, behind = self._drift_until(i, first), self._drift_until(j, second)
         S_first_j = sim3.inverse(first.T_submap_camera) @ verdict.S_i_j
         return moved_covariance(ahead, S_first_j) + moved_covariance(
             behind, sim3.inverse(second.T_submap_camera)
         )
+
+    def _drift_until(self, key: int, view: Keyframe) -> np.ndarray:
+        """What gathers from the origin of a submap to one of its views, [7, 7] at the view."""
+        with self.atlas.lock:
+            submap = self.atlas.submaps[key]
+            inside = int(np.searchsorted(submap.frame_ids, view.frame_id, 'right'))
+            way, whole = submap.T_submap_camera[:inside], max(submap.num_frames, 1)
+            path = inside / whole * submap.path_length
+            usual = whole if not submap.is_open else self.config.submaps.max_frames
+        covariance = drift_covariance(way, min(inside / usual, 1.0), path, self.config.drift)
+        return self.arbiter.drift_factor**2 * covariance
 
     def propose_loop(self, i: int, j: int, S_i_j: np.ndarray, covariance: np.ndarray) -> None:
         """Propose a loop from elsewhere (a beacon, a person); judged like the back end's own."""
         self.arbiter.propose(i, j, S_i_j, covariance)
 
     def _optimise(self) -> bool:
-        return self.arbiter.optimise() and self.atlas.place(self.graph.poses())
+        return self.arbiter.optimise() and self._place()
+
+    def _place(self) -> bool:
+        """Move all submaps to where the graph has them; the newest ones follow theirs."""
+        with self.atlas.lock:
+            poses = dict(self.graph.poses())
+            for key, joint in self._unjoined.items():
+                if joint.previous in poses:
+                    poses[key] = poses[joint.previous] @ joint.S_previous_key
+            return self.atlas.place(poses)
 
     def settle(self, max_updates: int = 100) -> bool:
         """Optimise until nothing is left to do, as at the end of a recording; whether it ended."""
         for _ in range(max_updates):
             if not self.arbiter.optimise():
                 return True
-            self.atlas.place(self.graph.poses())
+            self._place()
         return False
 
-    def _hold_budgets(self) -> None:
-        if pairs := self.atlas.surplus():
+    def _hold_budgets(self, key: int) -> None:
+        """Fold and thin what came before a submap."""
+        if pairs := self.atlas.surplus(key):
             similarity = self.arbiter.fold(pairs)
             with self.atlas.lock:
-                for key, into in pairs:
-                    self.atlas.fold(key, into, similarity[key])
-                    self.places.rename(key, into)
-                    del self._S_odom[key]
-                self.atlas.place(self.graph.poses())
+                for folded, into in pairs:
+                    self.atlas.fold(folded, into, similarity[folded])
+                    self.places.rename(folded, into)
+                    del self._S_odom[folded]
+                self._place()
         kept = self.atlas.thin()
         if kept is not None:
             self.places.keep_frames(kept)
@@ -292,6 +374,17 @@ class SubmapBackend:
                 if keyframe.descriptor is not None:
                     self.places.add(submap.key, keyframe.frame_id, keyframe.descriptor)
         self._previous = submaps[-1] if submaps else None
+
+    def S_map_open(self) -> np.ndarray:
+        """Where the submap of the newest frame lies, [4, 4]."""
+        return self.atlas.S_map_submap(self._submap.key)
+
+    def configure(self, mapping: MappingConfig) -> None:
+        """Take other thresholds for the points to come; from the thread that tracks."""
+        if mapping != self.mapping:
+            self.mapping = mapping
+            if self._submap is not None:
+                self._submap.configure(replace(mapping, max_points=self._limit))
 
     def T_map_odom(self) -> np.ndarray:
         """Rigid correction [4, 4] that takes the newest camera pose of the chain to the map."""

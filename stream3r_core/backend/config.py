@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from stream3r_core.config import option
+from stream3r_core.options import option
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,10 @@ class PlaceConfig:
     """Search for places seen before."""
 
     min_similarity: float = option(
-        0.8, 'cosine of two descriptors of one place', minimum=-1.0, maximum=1.0
+        0.5,
+        'cosine of two descriptors of one place, without the mean of all keyframes',
+        minimum=-1.0,
+        maximum=1.0,
     )
     ratio: float = option(
         1.0,
@@ -141,6 +144,15 @@ class GraphConfig:
     inflation: float = option(
         2.0, 'factor by which drift may exceed its model before a loop is doubted', minimum=1.0
     )
+    consensus: int = option(
+        3,
+        'submaps whose loops must agree to be believed though drift does not explain them; 0 = '
+        'never',
+        minimum=0,
+    )
+    max_drift_factor: float = option(
+        50.0, 'factor by which drift may be found to exceed its model', minimum=1.0
+    )
     kernel: float = option(3.0, 'Cauchy kernel of loops, standard deviations', minimum=0.1)
     max_loops: int = option(5000, 'loops kept; the oldest go first', minimum=1)
     max_dormant: int = option(100, 'doubted loops that are tried again', minimum=0)
@@ -152,6 +164,13 @@ class GraphConfig:
 class BackendConfig:
     """Everything that the back end reads."""
 
+    kind: str = option(
+        'none',
+        "'none': one session, whose drift stays; 'submaps': sessions restart into submaps, "
+        'revisits are recognised and close loops, and the map moves with its poses',
+        choices=('none', 'submaps'),
+    )
+    load: str = option('', 'saved map to go on in (.safetensors); empty = begin a new one')
     keyframes: KeyframeConfig = field(default_factory=KeyframeConfig)
     submaps: SubmapConfig = field(default_factory=SubmapConfig)
     drift: DriftConfig = field(default_factory=DriftConfig)

@@ -7,6 +7,7 @@ import numpy as np
 from stream3r_core.backend.config import PlaceConfig
 from stream3r_core.errors import InputError, MissingDependencyError
 
+_TINY = 1e-9
 _GROWTH = 1.5  # of the searched array when it is full
 _NEIGHBOURS = 64  # asked of the approximate search; exclusion and ratio need some in reserve
 
@@ -17,12 +18,14 @@ class Place:
 
     submap: int
     frame_id: int
-    similarity: float  # cosine
+    similarity: float  # cosine, without the mean of all keyframes
 
 
 class PlaceIndex:
     """Descriptors of keyframes; all are compared up to a number, then faiss's HNSW graph searches.
 
+    Descriptors are compared without what they have in common, their mean over the map: pooled
+    features of any two images are alike (cosines above 0.9), and what is left tells places apart.
     Two thresholds and a ratio guard against look-alikes: the most similar place must exceed the
     most similar *other* place, in a submap far from both, by ``ratio``.
     """
@@ -30,6 +33,7 @@ class PlaceIndex:
     def __init__(self, config: PlaceConfig | None = None):
         self.config = config or PlaceConfig()
         self._count = 0
+        self._sum: np.ndarray | float = 0.0  # [C] of all descriptors
         self._vectors = np.zeros((0, 0), np.float32)  # [capacity, C]
         self._submaps = np.zeros(0, np.int64)
         self._frames = np.zeros(0, np.int64)
@@ -52,6 +56,7 @@ class PlaceIndex:
             self._grow(width)
         at = self._count
         self._vectors[at], self._submaps[at], self._frames[at] = vector, submap, frame_id
+        self._sum = self._sum + vector.astype(np.float64)
         self._count += 1
 
     def _grow(self, width: int) -> None:
@@ -102,7 +107,10 @@ class PlaceIndex:
             self._index_new_rows()
             _, rows = self._graph.search(vector[None], min(_NEIGHBOURS, self._count))
             rows = rows[0][rows[0] >= 0]
-        cosine = self._vectors[rows] @ vector
+        mean = np.asarray(self._sum / self._count, np.float32)
+        centred, query = self._vectors[rows] - mean, vector - mean
+        lengths = np.linalg.norm(centred, axis=1) * np.linalg.norm(query)
+        cosine = centred @ query / np.maximum(lengths, _TINY)
         order = np.argsort(-cosine, kind='stable')
         return rows[order], cosine[order]
 
@@ -122,6 +130,7 @@ class PlaceIndex:
         for name in ('_vectors', '_submaps', '_frames'):
             array = getattr(self, name)
             array[: self._count] = array[rows]
+        self._sum = self._vectors[: self._count].sum(0, dtype=np.float64)
         self._graph, self._num_indexed = None, 0
 
     def keep_frames(self, frame_ids) -> None:

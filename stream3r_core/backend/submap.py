@@ -7,7 +7,7 @@ import numpy as np
 from stream3r_core.backend import sim3
 from stream3r_core.backend.keyframes import Keyframe
 from stream3r_core.config import MappingConfig
-from stream3r_core.mapping import MapCloud, VoxelMap
+from stream3r_core.mapping import MapCloud, VoxelMap, VoxelRows
 from stream3r_core.mapping.voxel_index import CELL_LIMIT, group_keys, pack_cells
 from stream3r_core.types import FramePrediction
 
@@ -39,6 +39,11 @@ class Submap:
         return self._voxels.num_points if self._voxels else len(self._cloud)
 
     @property
+    def num_rows(self) -> int:
+        """Rows of points in use, with those removed from an open submap."""
+        return self._voxels.num_rows if self._voxels else len(self._cloud)
+
+    @property
     def num_frames(self) -> int:
         """Frames whose pose is kept."""
         return len(self._frames)
@@ -47,6 +52,17 @@ class Submap:
     def cloud(self) -> MapCloud:
         """Points in the submap's frame."""
         return self._voxels.points() if self._voxels else self._cloud
+
+    @property
+    def point_version(self) -> int:
+        """Counts the changes of the points while the submap is open; -1 when it is closed."""
+        return self._voxels.version if self._voxels else -1
+
+    def rows_since(self, point_version: int) -> VoxelRows:
+        """Points that changed after a version of an open submap; all of a closed one."""
+        if self._voxels:
+            return self._voxels.rows_since(point_version)
+        return VoxelRows(np.arange(len(self._cloud)), self._cloud, self._cloud.confidence)
 
     @property
     def frame_ids(self) -> np.ndarray:
@@ -71,11 +87,16 @@ class Submap:
         self._last_position = position
         return self.path_length
 
+    def configure(self, mapping: MappingConfig) -> None:
+        """Give an open submap other thresholds for the points to come."""
+        self._voxels.config = mapping
+
     def add(self, prediction: FramePrediction, view: Keyframe) -> None:
-        """Take in a frame: its pose and its points."""
+        """Take in a frame: its pose and, unless it is still, its points."""
         stamp = NO_STAMP if view.stamp_ns is None else view.stamp_ns
         self._frames.append((view.frame_id, stamp, view.T_submap_camera))
-        self._voxels.integrate(prediction)
+        if not prediction.still:
+            self._voxels.integrate(prediction)
 
     def close(self) -> None:
         """Keep the points, give back the memory reserved for more."""

@@ -121,14 +121,26 @@ def _scale(keyframe: Keyframe, view: Keyframe, alignment: AlignmentConfig) -> Sc
     )
 
 
-def drift_covariance(fraction: float, path: float, drift: DriftConfig) -> np.ndarray:
-    """Covariance [7, 7] that gathers over ``fraction`` of a submap along ``path``, in its units.
+def drift_covariance(
+    T_submap_camera: np.ndarray, fraction: float, path: float, drift: DriftConfig
+) -> np.ndarray:
+    """Covariance [7, 7] of what gathers over ``fraction`` of a submap, at the last of its poses.
 
-    An error of rotation or scale that grows evenly also moves the end, by half its lever.
+    The error grows evenly along the poses [n, 4, 4], from the origin of the submap on, so that
+    one of rotation or scale also moves the end: translation is correlated with both.
+
+    Args:
+        T_submap_camera: Poses of the way, submap units; none: the end is the origin.
+        fraction: Of the way that the options speak of.
+        path: Length of the way, submap units.
+        drift: Errors over a whole submap.
+
     """
-    rotation, scale = np.deg2rad(drift.rotation_deg) * fraction, drift.scale * fraction
-    translation = path * np.sqrt(drift.translation**2 + (rotation / 2) ** 2 + (scale / 2) ** 2)
-    return np.diag(np.square([*[rotation] * 3, *[translation] * 3, scale]))
+    sigmas = [np.deg2rad(drift.rotation_deg) * fraction] * 3
+    sigmas += [drift.translation * path] * 3 + [drift.scale * fraction]
+    way = np.concatenate([np.eye(4)[None], T_submap_camera])
+    J = sim3.adjoint(sim3.inverse(way[-1]) @ way).mean(0)
+    return J @ np.diag(np.square(sigmas)) @ J.T
 
 
 def moved_covariance(covariance: np.ndarray, S_f_j: np.ndarray) -> np.ndarray:

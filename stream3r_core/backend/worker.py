@@ -7,18 +7,18 @@ from collections.abc import Callable
 import numpy as np
 
 from stream3r_core.backend.backend import BackendUpdate, SubmapBackend
-from stream3r_core.types import FramePrediction
 
 _STOP = object()
 
 
 class BackendWorker:
-    """Feeds a :class:`SubmapBackend` from its own thread, in the order of :meth:`add`.
+    """Searches revisits and optimises in a thread of its own, in the order of :meth:`follow`.
 
-    Nothing is dropped: a full queue makes :meth:`add` wait. An exception of the back end ends the
-    thread and is raised by the next call of the owner, with its own traceback. ``on_update`` is
-    called in the worker's thread after every frame. A context manager: leaving it waits for what
-    is queued, or, on an exception, drops it.
+    The owner tracks: ``worker.follow(backend.track(prediction, frame_id), descriptor)``.
+    Nothing is dropped: a full queue makes :meth:`follow` wait. An exception of the back end ends
+    the thread and is raised by the next call of the owner, with its own traceback. ``on_update``
+    is called in the worker's thread after every frame that had work. A context manager: leaving it
+    waits for what is queued, or, on an exception, drops it.
     """
 
     def __init__(
@@ -40,14 +40,14 @@ class BackendWorker:
         """Frames that wait."""
         return self._queue.qsize()
 
-    def add(
+    def follow(
         self,
-        prediction: FramePrediction,
-        frame_id: int,
+        update: BackendUpdate,
         descriptor: np.ndarray | Callable[[], np.ndarray] | None = None,
     ) -> None:
-        """Queue one frame; arguments as for :meth:`SubmapBackend.add`."""
-        self._put((prediction, frame_id, descriptor))
+        """Queue a tracked frame, if there is anything to do for it."""
+        if update.has_work:
+            self._put((update, descriptor))
 
     def flush(self) -> None:
         """Wait until everything queued is done and the graph has settled."""
@@ -110,7 +110,7 @@ class BackendWorker:
                     self.backend.settle()
                     item.set()
                     continue
-                update = self.backend.add(*item)
+                update = self.backend.follow(*item)
                 if self._on_update is not None:
                     self._on_update(update)
         except BaseException as error:  # handed to the owner, whatever it is

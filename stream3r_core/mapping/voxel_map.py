@@ -3,6 +3,7 @@
 from collections import deque
 from dataclasses import dataclass
 from threading import Lock
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -43,6 +44,14 @@ class MapChange:
     weight: np.ndarray  # [N] float32, accumulated confidence; 0: removed
 
 
+class VoxelRows(NamedTuple):
+    """Voxels by the rows that they have in one map; arrays of equal length N."""
+
+    rows: np.ndarray  # [N] int64; one that was removed may hold another voxel later
+    cloud: MapCloud
+    weight: np.ndarray  # [N] float32, accumulated confidence; 0: removed
+
+
 class VoxelMap:
     """Coloured points averaged per voxel, within a budget of points.
 
@@ -78,6 +87,11 @@ class VoxelMap:
     @property
     def num_points(self) -> int:
         """Points in the map, at most ``max_points``."""
+        return self._num_points
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in use so far, see :class:`VoxelRows`."""
         return self._num_points
 
     @property
@@ -243,6 +257,14 @@ class VoxelMap:
         with self._lock:
             state = self._state[: self._num_points]
             return MapCloud(state[:, _XYZ].copy(), _colors(state), state[:, _CONFIDENCE].copy())
+
+    def rows_since(self, version: int) -> VoxelRows:
+        """Return the rows changed after ``version``; -1: all that were ever in use."""
+        with self._lock:
+            rows = np.flatnonzero(self._changed[: self._num_points] > version)
+            state = self._state[rows]
+        cloud = MapCloud(state[:, _XYZ], _colors(state), state[:, _CONFIDENCE])
+        return VoxelRows(rows, cloud, state[:, _WEIGHT])
 
     def changed_since(self, version: int) -> MapChange:
         """Return what changed after ``version``: the newest state of each voxel, and removals.

@@ -7,6 +7,7 @@ import pytest
 from backend_walks import CONFIG, FRAMES, ate, feed, make_backend, pairs_of
 
 from stream3r_core.backend import sim3
+from stream3r_core.backend.atlas_map import AtlasMap
 from stream3r_core.backend.backend import SubmapBackend
 from stream3r_core.backend.config import BackendConfig, SubmapConfig
 from stream3r_core.config import MappingConfig
@@ -83,10 +84,8 @@ def test_map_path_and_correction_agree(laps):
     in_odom = backend.trajectory(corrected=False)[2][-1]
     np.testing.assert_allclose(backend.T_map_odom() @ in_odom, newest, atol=1e-9)
     assert not np.allclose(backend.T_map_odom(), np.eye(4), atol=1e-3)
-    change = backend.atlas.changed_since(-1)
-    keys = list(backend.atlas.submaps)
-    parts = [sim3.act(change.S_map_submap[k], change.clouds[k].points_xyz) for k in keys]
-    np.testing.assert_array_equal(np.concatenate(parts), backend.atlas.cloud().points_xyz)
+    change = AtlasMap(backend.atlas).changed_since(-1)
+    np.testing.assert_array_equal(change.points_xyz, backend.atlas.cloud().points_xyz)
 
 
 def test_points_lie_on_the_surfaces_of_the_world_and_move_with_their_submap():
@@ -104,7 +103,8 @@ def test_points_lie_on_the_surfaces_of_the_world_and_move_with_their_submap():
     version = backend.atlas.version
     backend.atlas.place({0: backend.graph.pose(0), 1: moved})
     change = backend.atlas.changed_since(version)
-    assert list(change.S_map_submap) == [1] and not change.clouds and not change.removed
+    assert list(change.rows) == [1] and not any(map(len, change.gone.values()))
+    np.testing.assert_array_equal(change.rows[1].S_map_submap, moved)
 
 
 def front_end_unit(backend, walk):
@@ -190,28 +190,27 @@ def test_consumers_that_follow_the_changes_hold_the_same_map():
     walk = make_walk('laps', 8, size_m=0.5)
     front_end = SimulatedFrontEnd(walk, 8, session_frames=FRAMES)
     backend = make_backend(front_end, replace(CONFIG, submaps=limits))
-    held, version = {}, -1
+    view, held, version, num_gone, num_sent = AtlasMap(backend.atlas), {}, -1, 0, 0
     for frame, prediction in front_end:
         backend.add(prediction, frame, lambda f=frame: front_end.descriptor(f))
-        if frame % 7 == 0:
-            change = backend.atlas.changed_since(version)
-            version = change.version
-            for key in change.removed:
-                held.pop(key, None)
-            for key, S in change.S_map_submap.items():
-                held.setdefault(key, [None, None])[0] = S
-            for key, cloud in change.clouds.items():
-                held[key][1] = cloud
-    change = backend.atlas.changed_since(version)
-    for key in change.removed:
-        held.pop(key, None)
-    for key, S in change.S_map_submap.items():
-        held.setdefault(key, [None, None])[0] = S
-    for key, cloud in change.clouds.items():
-        held[key][1] = cloud
-    assert list(held) == list(backend.atlas.submaps)
-    mine = np.concatenate([sim3.act(S, cloud.points_xyz) for S, cloud in held.values()])
-    np.testing.assert_allclose(mine, backend.atlas.cloud().points_xyz, atol=1e-2)
+        if frame % 7 and frame != len(walk.stamps_ns) - 1:
+            continue
+        change = view.changed_since(version)
+        assert len(set(change.voxel_ids.tolist())) == len(change.voxel_ids)
+        assert change.is_complete == (version == -1)
+        version = change.version
+        num_gone, num_sent = num_gone + (change.weight == 0).sum(), num_sent + len(change.weight)
+        for number, point, weight in zip(change.voxel_ids, change.points_xyz, change.weight):
+            if weight:
+                held[number] = point
+            else:
+                assert np.isnan(point).all()
+                held.pop(number, None)
+    assert num_gone > 0 and num_sent < 20 * len(held)
+    whole = view.points().points_xyz
+    assert len(held) == len(whole) == view.num_points
+    mine = np.array([held[number] for number in sorted(held)])
+    np.testing.assert_allclose(mine, whole, atol=1e-2)  # moves of less are not told
 
 
 def test_misuse_is_refused_in_words():

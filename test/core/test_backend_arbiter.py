@@ -85,6 +85,33 @@ def test_an_agreeing_minority_loses_the_contest_and_the_map_stays():
         np.testing.assert_allclose(judge.graph.pose(key), S, atol=0.05)
 
 
+def test_many_loops_that_agree_are_believed_against_the_drift_model_and_correct_it():
+    truth, rng = ring(40, laps=2.0), np.random.default_rng(4)
+    biased = truth.copy()  # by the same in every submap, far beyond the model
+    bias = sim3.exp(np.array([0, 0, np.deg2rad(-5), 0, 0, 0, 0.02]))
+    for k in range(1, 40):
+        biased[k] = biased[k - 1] @ between(truth, k - 1, k) @ bias
+    graph = chain(biased, rng)
+    judge, before = LoopArbiter(graph, ALONE), error(graph, truth)
+    for k in range(20):
+        judge.propose(k, k + 20, disturbed(between(truth, k, k + 20), rng, 0.2 * SIGMAS), EXACT)
+        judge.optimise()
+    settle(judge)
+    assert len(judge.graph.loops) > 10 and 3 < judge.drift_factor < 20
+    assert error(judge.graph, truth) < 0.5 * before
+
+
+def test_loops_of_one_submap_that_agree_are_not_many():
+    truth, rng = ring(40, laps=2.0), np.random.default_rng(5)
+    judge = arbiter(truth, 5)
+    wrong = between(truth, 4, 24) @ sim3.exp(np.array([1.0, 0, 1.0, 9, 0, 9, 0.5]))
+    for _ in range(8):
+        judge.propose(4, 24, disturbed(wrong, rng, 0.2 * SIGMAS), EXACT)
+        judge.optimise()
+    settle(judge)
+    assert not judge.graph.loops and judge.drift_factor == 1
+
+
 def test_a_loop_waits_for_a_neighbour_that_agrees():
     truth = ring(40)
     judge = arbiter(truth, 5, LoopConfig(min_support=1))

@@ -45,23 +45,36 @@ def test_a_revisit_is_found_and_the_recent_past_is_not():
 def test_each_submap_proposes_its_best_frame_most_similar_first():
     rng = np.random.default_rng(1)
     place = unit(rng, 64)
-    index = PlaceIndex(PlaceConfig(min_similarity=0.5, max_candidates=2))
+    index = filled(unit(rng, 60, 64), 20, PlaceConfig(max_candidates=2))  # other places
     noise = {(0, 0): 0.5, (0, 1): 0.1, (1, 2): 0.3, (2, 3): 0.4}
     for (submap, frame), amount in noise.items():
         vector = place + amount * unit(rng, 64)
-        index.add(submap, frame, vector / np.linalg.norm(vector))
+        index.add(submap, 100 + frame, vector / np.linalg.norm(vector))
     found = index.search(place, 9, order(10))
-    assert [p.frame_id for p in found] == [1, 2]
+    assert [p.frame_id for p in found] == [101, 102]
+
+
+def test_what_all_descriptors_share_tells_nothing():
+    rng = np.random.default_rng(4)
+    shared = 3 * unit(rng, 64)
+    vectors = shared + unit(rng, 90, 64)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    index = filled(vectors, 10, PlaceConfig(max_candidates=9))
+    assert np.quantile(vectors @ vectors[23], 0.1) > 0.8  # all are alike
+    found = index.search(vectors[23], 9, order(10))
+    assert [p.frame_id for p in found] == [23] and found[0].similarity > 0.99
+    other = shared + unit(rng, 64)
+    assert index.search(other / np.linalg.norm(other), 9, order(10)) == []
 
 
 def test_two_far_places_that_look_alike_are_no_revisit():
     rng = np.random.default_rng(2)
     place = unit(rng, 64)
-    index = PlaceIndex(PlaceConfig(ratio=1.1))
+    index = filled(unit(rng, 60, 64), 6, PlaceConfig(ratio=1.1))  # other places
     for frame, submap in enumerate((0, 1, 8)):
-        index.add(submap, frame, place + 0.01 * unit(rng, 64))
+        index.add(submap, 100 + frame, place + 0.01 * unit(rng, 64))
     assert index.search(place, 20, order(21)) == []
-    index.keep(np.array([True, True, False]))  # neighbours may look alike
+    index.keep(np.arange(63) < 62)  # neighbours may look alike
     assert len(index.search(place, 20, order(21))) == 2
 
 

@@ -70,9 +70,9 @@ def test_point_budget_takes_from_the_largest_and_tells_it():
     atlas.thin()
     assert atlas.num_points <= 1000
     assert atlas.submaps[0].num_points == 300
-    assert (
-        1 in atlas.changed_since(version).clouds and 0 not in atlas.changed_since(version).clouds
-    )
+    change = atlas.changed_since(version)
+    assert 1 in change.rows and 0 not in change.rows
+    np.testing.assert_array_equal(change.gone[1], np.arange(atlas.submaps[1].num_points, 900))
 
 
 def test_surplus_folds_the_shortest_neighbours_and_never_the_newest():
@@ -80,7 +80,7 @@ def test_surplus_folds_the_shortest_neighbours_and_never_the_newest():
     atlas = Atlas(SubmapConfig(max_submaps=9))
     for key in range(10):
         atlas.add(closed(key, rng, 10, range(3 if key in (4, 5) else 9)), np.eye(4))
-    pairs = atlas.surplus()
+    pairs = atlas.surplus(10)
     assert (5, 4) in pairs and len(pairs) == 2
     assert all(9 not in pair for pair in pairs)
     assert len({key for pair in pairs for key in pair}) == 4
@@ -92,17 +92,18 @@ def test_changes_name_what_moved_what_grew_and_what_went():
     for key in range(3):
         atlas.add(closed(key, rng), np.eye(4))
     everything = atlas.changed_since(-1)
-    assert list(everything.clouds) == list(everything.S_map_submap) == [0, 1, 2]
+    assert list(everything.rows) == [0, 1, 2] and everything.is_complete
     nothing = atlas.changed_since(everything.version)
-    assert not (nothing.clouds or nothing.S_map_submap or nothing.removed)
+    assert not (nothing.rows or nothing.gone or nothing.is_complete)
     shifted = sim3.exp(np.array([0, 0, 0, 1.0, 0, 0, 0]))
     assert atlas.place({0: np.eye(4), 1: shifted, 2: np.eye(4) + 1e-7})
     moved = atlas.changed_since(everything.version)
-    assert list(moved.S_map_submap) == [1] and not moved.clouds
+    assert list(moved.rows) == [1] and not len(moved.gone[1]) and atlas.num_moves == 1
     assert not atlas.place({0: np.eye(4), 1: shifted})
     atlas.fold(2, 1, np.eye(4))
     folded = atlas.changed_since(moved.version)
-    assert folded.removed == (2,) and list(folded.clouds) == [1]
+    assert list(folded.rows) == [1]
+    np.testing.assert_array_equal(folded.gone[2], everything.rows[2].numbers)
 
 
 def test_a_consumer_that_slept_too_long_gets_everything():
@@ -114,4 +115,4 @@ def test_a_consumer_that_slept_too_long_gets_everything():
     for key in range(1, 6):
         atlas.fold(key, 0, np.eye(4))
     change = atlas.changed_since(version)
-    assert list(change.clouds) == list(change.S_map_submap) == [0, 6, 7]
+    assert list(change.rows) == [0, 6, 7] and change.is_complete

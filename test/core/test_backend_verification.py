@@ -104,10 +104,31 @@ def test_images_of_another_size_are_an_error(world):
 def test_moved_covariances_are_those_of_moved_samples():
     rng = np.random.default_rng(1)
     S_f_j = sim3.exp(np.array([0.3, -0.2, 0.5, 2, 1, -1, 0.4]))
-    covariance = drift_covariance(0.5, 10.0, DriftConfig())
+    way = sim3.exp(np.linspace(0, 1, 9)[:, None] * np.array([0, 0.2, 0.1, 3, 0, 9, 0]))
+    covariance = drift_covariance(way, 0.5, 10.0, DriftConfig())
     xi = rng.multivariate_normal(np.zeros(7), covariance, 20000)
     moved = sim3.log(sim3.inverse(S_f_j) @ sim3.exp(xi) @ S_f_j)
     expected = moved_covariance(covariance, S_f_j)
     sigma = np.sqrt(np.diag(expected))
     unit = np.outer(sigma, sigma)
     np.testing.assert_allclose(np.cov(moved.T) / unit, expected / unit, atol=0.04)
+
+
+def test_drift_is_that_of_the_simulated_front_end_with_its_correlations():
+    walk = make_walk('laps', 2)
+    size = Disturbance(outliers=0.0, depth_noise=0.0, unit=0.0, pair=0.0)
+    front_end, frames = SimulatedFrontEnd(walk, 2, size, size_hw=(2, 2)), range(5, 29)
+    true = np.linalg.inv(walk.T_world_camera[5]) @ walk.T_world_camera[frames]
+    path = np.linalg.norm(np.diff(true[:, :3, 3], axis=0), axis=1).sum()
+    depth = front_end.hall.depth(walk.T_world_camera[28], front_end.K, (2, 2))
+    errors = []
+    for _ in range(600):
+        *_, (_, last) = front_end.session(frames)
+        scale = float(last.depth[0, 0]) / depth[0, 0]
+        T = last.T_world_camera.numpy().astype(float)
+        errors.append(sim3.log(sim3.inverse(true[-1]) @ T @ np.diag([scale] * 3 + [1.0])))
+    expected = drift_covariance(true, 1.0, path, DriftConfig())
+    sigma = np.sqrt(np.diag(expected))
+    unit = np.outer(sigma, sigma)
+    np.testing.assert_allclose(np.cov(np.array(errors).T) / unit, expected / unit, atol=0.2)
+    assert np.abs(expected / unit - np.eye(7)).max() > 0.5  # what moves the end has turned it

@@ -1,0 +1,206 @@
+"""Sessions that restart into submaps, and the back end that holds these together: SLAM."""
+
+import dataclasses
+from collections import deque
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from stream3r_core.backend import sim3
+from stream3r_core.backend.atlas_map import AtlasMap
+from stream3r_core.backend.backend import SubmapBackend
+from stream3r_core.backend.map_file import load_map, save_map
+from stream3r_core.backend.network import NetworkWitness
+from stream3r_core.backend.restart import RestartPolicy
+from stream3r_core.backend.worker import BackendWorker
+from stream3r_core.config import CoreConfig, MappingConfig
+from stream3r_core.errors import ConfigError, InputError
+from stream3r_core.pipeline import Reconstructor, make_session
+from stream3r_core.types import FramePrediction
+
+
+class _Seen(NamedTuple):
+    """An image that the next session may begin with."""
+
+    frame_id: int
+    image: object
+    stamp_ns: int | None
+    K: object
+
+
+class SubmapReconstructor:
+    """A reconstructor whose map closes its loops; used like :class:`Reconstructor`.
+
+    The world frame is the frame of the map: the first camera of the first submap, in its unit.
+    Predictions lie where the map is when they are made; :meth:`trajectory` tells where all poses
+    are now, and :attr:`num_moves` counts how often they have moved. :meth:`flush` at the end of a
+    recording waits for the back end.
+
+    Args:
+        model: A :class:`~stream3r_core.model.network.CausalVGGT`.
+        config: All options; ``backend`` has those of the back end.
+        in_background: Revisits are searched and the graph is optimised in a thread of its own.
+            Without it a run can be repeated exactly.
+
+    Raises:
+        ConfigError: Options that do not go together.
+        DataError: ``backend.load`` is no saved map.
+
+    """
+
+    def __init__(self, model, config: CoreConfig, in_background: bool = False):
+        self.config = config
+        self.session = make_session(model, config)
+        if self.session.chunk_size > 1:
+            raise ConfigError(
+                "backend.kind 'submaps' takes frame by frame: set cache.chunk_size (or "
+                'cache_paper.chunk_size) to 1'
+            )
+        if not config.backend.keyframes.keep_images:
+            raise ConfigError(
+                "backend.kind 'submaps' looks at keyframes again: leave "
+                'backend.keyframes.keep_images true'
+            )
+        self._witness = NetworkWitness(model)
+        self._policy = RestartPolicy(config.backend.submaps)
+        self._in_background = in_background
+        self._worker: BackendWorker | None = None
+        self._recent: deque[_Seen] = deque(maxlen=config.backend.submaps.overlap)
+        self._is_full = False  # the next image begins a submap
+        self._begin_map()
+        if config.backend.load:
+            load_map(self.backend, config.backend.load)
+
+    def _begin_map(self) -> None:
+        self.backend = SubmapBackend(
+            self.config.backend, self.config.mapping, self._witness.predict_pairs
+        )
+        self.map = AtlasMap(self.backend.atlas)
+        if self._in_background:
+            self._worker = BackendWorker(self.backend)
+
+    @property
+    def num_moves(self) -> int:
+        """Counts the corrections of poses and map."""
+        return self.backend.atlas.num_moves
+
+    def feed(self, image, stamp_ns: int | None = None, K=None) -> list[FramePrediction]:
+        """Take one camera image; return its prediction in the map, on the CPU, in a list.
+
+        Arguments and errors as :meth:`StreamSession.step`; also InputError for an image whose pose
+        is not finite, after which a new session starts.
+        """
+        if self._policy.is_pause(stamp_ns):
+            self._restart()
+        elif self._is_full:
+            self._begin_submap()
+        prediction = self.session.step(image, stamp_ns, K).to('cpu')
+        reason = self._policy.reason(prediction)
+        if reason == 'pose':
+            self._restart()
+            raise InputError(
+                'the network gives no finite pose for this image; a new submap starts with the '
+                'next one'
+            )
+        seen = _Seen(self.backend.last_frame_id + 1, image, stamp_ns, K)
+        self._take(prediction, seen.frame_id)
+        self._recent.append(seen)
+        self._is_full = bool(reason)
+        return [self._in_map(prediction)]
+
+    def _take(self, prediction: FramePrediction, frame_id: int) -> None:
+        update = self.backend.track(prediction, frame_id)
+        describe = partial(self._witness.describe, prediction.rgb.numpy())
+        if self._worker is None:
+            self.backend.follow(update, describe)
+        else:
+            self._worker.follow(update, describe)
+
+    def _in_map(self, prediction: FramePrediction) -> FramePrediction:
+        S = self.backend.S_map_open()
+        scale = float(sim3.scale_of(S))
+        T = sim3.rigid_of(S @ prediction.T_world_camera.double().numpy())
+        points = prediction.world_points
+        if points is not None:
+            points = torch.from_numpy(sim3.act(S, points.reshape(-1, 3).numpy())).view_as(points)
+        return dataclasses.replace(
+            prediction,
+            T_world_camera=torch.from_numpy(T).float(),
+            depth=prediction.depth * scale,
+            world_points=points,
+        )
+
+    def _begin_submap(self) -> None:
+        """Start a session that begins with the last images of the one before."""
+        self._is_full = False
+        self.session.reset()
+        self._policy.reset()
+        for seen in self._recent:
+            prediction = self.session.step(seen.image, seen.stamp_ns, seen.K).to('cpu')
+            if self._policy.reason(prediction) == 'pose':
+                self._restart()
+                return
+            self._take(prediction, seen.frame_id)
+
+    def _restart(self) -> None:
+        """Start a session that shares no image with the one before."""
+        self._is_full = False
+        self.session.reset()
+        self._policy.reset()
+        self._recent.clear()
+
+    def restart_at(self, T_world_camera: torch.Tensor) -> None:
+        """Start a new submap; where it lies follows from the motion so far, and from revisits."""
+        self._restart()
+
+    def flush(self) -> list[FramePrediction]:
+        """Wait until the back end has done all there is to do; no prediction waits."""
+        if self._worker is None:
+            self.backend.settle()
+        else:
+            self._worker.flush()
+        return []
+
+    def reset(self, keep_map: bool = False) -> None:
+        """Start a new session, and unless ``keep_map`` a new map."""
+        self._restart()
+        if keep_map:
+            return
+        try:
+            self.close()
+        finally:
+            self._begin_map()
+
+    def close(self) -> None:
+        """End the back end's thread; what waits there is dropped."""
+        if self._worker is not None:
+            self._worker.close(drop=True)
+
+    def configure(self, mapping: MappingConfig) -> None:
+        """Replace the thresholds of the points to come."""
+        self.backend.configure(mapping)
+
+    def trajectory(self, corrected: bool = True) -> tuple[np.ndarray, np.ndarray]:
+        """Return stamps_ns [n] and T_world_camera [n, 4, 4] of all frames, as they lie now.
+
+        ``corrected`` False: without loops. Frames without a stamp have ``NO_STAMP``.
+        """
+        _, stamps_ns, poses = self.backend.trajectory(corrected)
+        return stamps_ns, poses
+
+    def save(self, path: str | Path) -> None:
+        """Write the map as it is, to be loaded by ``backend.load``; OutputError if it cannot."""
+        self.flush()
+        save_map(self.backend, path)
+
+
+def make_reconstructor(
+    model, config: CoreConfig, in_background: bool = False
+) -> Reconstructor | SubmapReconstructor:
+    """Return what ``config.backend.kind`` asks for."""
+    if config.backend.kind == 'none':
+        return Reconstructor(model, config)
+    return SubmapReconstructor(model, config, in_background)

@@ -1,0 +1,167 @@
+"""Sessions that restart into submaps: SLAM without ROS, with a network's own interface."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from backend_walks import ate
+from scripted_walks import config, returning_walk, scripted
+
+from stream3r_core.backend import sim3
+from stream3r_core.backend.network import NetworkWitness
+from stream3r_core.backend.submap import NO_STAMP
+from stream3r_core.checkpoints import load_model
+from stream3r_core.config import CoreConfig, from_dict
+from stream3r_core.errors import ConfigError, DataError, InputError
+from stream3r_core.pipeline import Reconstructor
+from stream3r_core.slam import SubmapReconstructor, make_reconstructor
+from stream3r_core.synthetic.front_end import SimulatedFrontEnd
+from stream3r_core.synthetic.scripted import SIZE_HW, scripted_image
+
+
+@pytest.fixture(scope='module')
+def walk():
+    return returning_walk()
+
+
+def run(walk, options, in_background=False, frames=None):
+    mapper = make_reconstructor(scripted(walk), options, in_background)
+    predictions = [
+        mapper.feed(scripted_image(i), int(walk.stamps_ns[i]))[0]
+        for i in (frames or range(len(walk.stamps_ns)))
+    ]
+    mapper.flush()
+    return mapper, predictions
+
+
+@pytest.fixture(scope='module')
+def closed(walk):
+    return run(walk, config())
+
+
+def test_a_walk_that_comes_home_closes_its_loop(walk, closed):
+    mapper, predictions = closed
+    stamps, poses = mapper.trajectory()
+    np.testing.assert_array_equal(stamps, walk.stamps_ns)
+    without = ate(mapper.trajectory(corrected=False)[1], walk.T_world_camera)
+    assert mapper.backend.num_loops > 3 and mapper.num_moves > 0
+    assert ate(poses, walk.T_world_camera) < 0.3 * without
+    assert len(mapper.backend.graph) > 4
+    online = np.array([p.T_world_camera.numpy() for p in predictions])
+    np.testing.assert_allclose(online[-1], poses[-1], atol=0.05)  # the last ones came after it
+
+
+def true_depth(walk, frame):
+    front_end = SimulatedFrontEnd(walk, 0, size_hw=SIZE_HW)
+    depth = front_end.hall.depth(walk.T_world_camera[frame], front_end.K, SIZE_HW)
+    return np.median(depth[depth > 0])
+
+
+def test_predictions_lie_in_the_map_in_its_unit(walk, closed):
+    mapper, predictions = closed
+    _, poses = mapper.trajectory()
+    first = predictions[0].depth
+    unit = float(first[first > 0].median() / true_depth(walk, 0))
+    for index in (0, 30, len(poses) - 1):
+        prediction = predictions[index]
+        depth = prediction.depth[prediction.depth > 0].median()
+        assert float(depth / true_depth(walk, index)) / unit == pytest.approx(1, abs=0.12)
+
+
+def test_the_same_images_give_the_same_map_and_a_thread_closes_the_same_loop(walk, closed):
+    again, _ = run(walk, config())
+    np.testing.assert_array_equal(again.trajectory()[1], closed[0].trajectory()[1])
+    np.testing.assert_array_equal(again.map.points().points_xyz, closed[0].map.points().points_xyz)
+    threaded, _ = run(walk, config(), in_background=True)
+    without = ate(threaded.trajectory(corrected=False)[1], walk.T_world_camera)
+    assert ate(threaded.trajectory()[1], walk.T_world_camera) < 0.3 * without
+    threaded.close()
+
+
+def test_without_a_back_end_nothing_changes(walk):
+    mapper = make_reconstructor(scripted(walk), config('none'))
+    assert type(mapper) is Reconstructor
+
+
+def test_a_saved_map_is_gone_on_in_and_found_again(walk, closed, tmp_path):
+    first, _ = run(walk, config(), frames=range(60))
+    first.save(tmp_path / 'map.safetensors')
+    later = config(load=str(tmp_path / 'map.safetensors'))
+    count = first.backend.next_key
+    second, _ = run(walk, later, frames=range(20, 70))
+    stamps, poses = second.trajectory()
+    assert second.backend.num_loops > 0 and second.backend.next_key > count
+    assert len(stamps) == 60 + 50
+    np.testing.assert_array_equal(stamps[60:], walk.stamps_ns[20:70])
+    relocalised = np.linalg.norm(poses[60:100, :3, 3] - poses[20:60, :3, 3], axis=1)
+    way = np.linalg.norm(np.diff(poses[:60, :3, 3], axis=0), axis=1).sum()
+    assert np.median(relocalised) < 0.03 * way
+    with pytest.raises(DataError, match='cannot read'):
+        run(walk, config(load=str(tmp_path / 'none')), frames=range(1))
+
+
+def test_a_pause_begins_a_submap_without_overlap(walk):
+    mapper = make_reconstructor(scripted(walk), config())
+    for i in range(10):
+        mapper.feed(scripted_image(i), i * 10**8)
+    mapper.feed(scripted_image(11), 10**10)
+    joints = mapper.backend.graph.edges
+    assert len(mapper.backend.graph) == 2 and len(joints) == 2
+    assert len(mapper.trajectory()[0]) == 11
+
+
+def test_a_pose_that_is_not_finite_costs_one_image(walk):
+    network = scripted(walk)
+    mapper = make_reconstructor(network, config())
+    for i in range(6):
+        mapper.feed(scripted_image(i))
+    network.fails = True
+    with pytest.raises(InputError, match='no finite pose'):
+        mapper.feed(scripted_image(6))
+    network.fails = False
+    mapper.feed(scripted_image(7))
+    stamps, poses = mapper.trajectory()
+    assert len(poses) == 7 and np.isfinite(poses).all() and (stamps == NO_STAMP).all()
+
+
+@pytest.mark.parametrize('in_background', [False, True])
+def test_a_reset_begins_an_empty_map(walk, in_background):
+    mapper = make_reconstructor(scripted(walk), config(), in_background)
+    for _ in range(2):
+        for i in range(30):
+            mapper.feed(scripted_image(i), int(walk.stamps_ns[i]))
+        mapper.flush()
+        assert len(mapper.trajectory()[0]) == 30 and mapper.map.num_points > 100
+        mapper.reset()
+        assert mapper.map.num_points == 0 and len(mapper.trajectory()[0]) == 0
+    mapper.close()
+
+
+def test_options_that_do_not_go_together_are_refused(walk):
+    stac = {'session': {'mode': 'stac'}, 'cache': {'chunk_size': 2}}
+    chunks = from_dict(CoreConfig, {'backend': {'kind': 'submaps'}, **stac})
+    with pytest.raises(ConfigError, match='frame by frame'):
+        SubmapReconstructor(load_model('tiny', 'random'), chunks)
+    with pytest.raises(ConfigError, match='keep_images'):
+        make_reconstructor(scripted(walk), config(keyframes={'keep_images': False}))
+
+
+def test_the_network_sees_pairs_as_a_batch_sees_them():
+    model = load_model('tiny', 'random')
+    witness, rng = NetworkWitness(model), np.random.default_rng(0)
+    images = rng.integers(0, 256, (3, 48, 64, 3), dtype=np.uint8)
+    keyframes = [dataclasses.make_dataclass('K', ['image_rgb'])(image) for image in images]
+    pairs = witness.predict_pairs([(keyframes[0], keyframes[2]), (keyframes[1], keyframes[2])])
+    for (first, second), pair in zip([(0, 2), (1, 2)], pairs):
+        batch = torch.from_numpy(images[[first, second]]).permute(0, 3, 1, 2)[None] / 255
+        with torch.inference_mode():
+            raw = model(batch, mode='full', outputs=('depth',))
+        for view in (0, 1):
+            np.testing.assert_allclose(pair[view].depth, raw['depth'][0, view, ..., 0], rtol=1e-4)
+            np.testing.assert_allclose(
+                sim3.inverse(pair[view].T_pair_camera.astype(float))[:3, 3],
+                raw['pose_enc'][0, view, :3], atol=1e-4,
+            )  # fmt: skip
+    described = witness.describe(images[0])
+    assert np.linalg.norm(described) == pytest.approx(1, abs=1e-5)
