@@ -35,6 +35,7 @@ class ScriptedNetwork(nn.Module):
         super().__init__()
         self.config = PRESETS['tiny']
         self.weights_info = WeightsInfo('scripted', '', '', 0, 0)
+        self.uncertainties: dict = {}  # none was fitted
         self.device = torch.device('cpu')
         self.fails = False
         self._front_end = front_end
