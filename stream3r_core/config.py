@@ -342,7 +342,11 @@ class MappingConfig:
     )
     max_points: int = option(2_000_000, 'point budget of the map', minimum=1, maximum=100_000_000)
     min_confidence: float = option(
-        1.5, 'points below this confidence (1 = none) stay out of the map', minimum=1.0, live=True
+        1.0,
+        'points below this confidence stay out of the map; its scale differs from network to '
+        'network; 1 = no limit',
+        minimum=1.0,
+        live=True,
     )
     confidence_quantile: float = option(
         0.2,
