@@ -30,7 +30,7 @@ def load_gtsam():
 
 
 def to_gtsam(S: np.ndarray):
-    """GTSAM's Similarity3, which moves p to s (R p + t)."""
+    """Return the Similarity3 of GTSAM, which moves p to s (R p + t)."""
     gtsam = load_gtsam()
     scale = float(sim3.scale_of(S))
     return gtsam.Similarity3(gtsam.Rot3(sim3.rotation_of(S)), S[:3, 3] / scale, scale)

@@ -57,14 +57,14 @@ def act(S_a_b: np.ndarray, points_b: np.ndarray) -> np.ndarray:
 
 
 def hat(v: np.ndarray) -> np.ndarray:
-    """Skew matrices [..., 3, 3] with ``hat(v) @ w = cross(v, w)``."""
+    """Skew matrices [..., 3, 3] whose product with w is the cross product of v and w."""
     matrix = np.zeros((*v.shape[:-1], 3, 3))
     matrix[..., 2, 1], matrix[..., 0, 2], matrix[..., 1, 0] = np.moveaxis(v, -1, 0)
     return matrix - np.swapaxes(matrix, -1, -2)
 
 
 def adjoint(S: np.ndarray) -> np.ndarray:
-    """Matrices [..., 7, 7] with ``S @ exp(xi) @ inverse(S) = exp(adjoint(S) @ xi)``."""
+    """Matrices A [..., 7, 7] with ``S @ exp(xi) @ inverse(S) = exp(A @ xi)``."""
     R, t = rotation_of(S), S[..., :3, 3]
     A = np.zeros((*S.shape[:-2], 7, 7))
     A[..., :3, :3] = R

@@ -96,7 +96,7 @@ def test_a_pose_topic_that_says_so_is_the_truth(tmp_path, name):
 
 def odometry(index, child='body'):
     pose = MESSAGES.pose(true_pose(index), stamp(index), 'world')
-    zero = {axis: 0.0 for axis in 'xyz'}
+    zero = dict.fromkeys('xyz', 0.0)
     vector = MESSAGES.make('geometry_msgs/msg/Vector3', **zero)
     covariance = np.zeros(36)
     return MESSAGES.make(

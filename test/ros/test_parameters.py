@@ -50,7 +50,7 @@ def test_every_leaf_of_the_tree_is_a_parameter_with_its_default(make_node):
 
 
 def test_the_core_options_keep_their_names():
-    assert {name for name in flatten(CoreConfig())} < {name for name, _ in leaves(NodeConfig)}
+    assert set(flatten(CoreConfig())) < {name for name, _ in leaves(NodeConfig)}
 
 
 def test_every_parameter_says_what_it_is(make_node):
