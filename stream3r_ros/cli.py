@@ -30,6 +30,7 @@ COMMANDS = {
     'benchmark': Command('stream3r_ros.benchmark', 'time and memory per frame, by mode and stage'),
     'node': Command('stream3r_ros.node', 'run the ROS 2 node', True),
     'play': Command('stream3r_ros.player', 'play a bag, video or images as a live camera', True),
+    'view': Command('stream3r_ros.viewer', 'show a node or results in a browser', True),
     'train': Command('stream3r_ros.train', 'train or fine-tune a network from a recipe'),
     'reference': Command('stream3r_ros.reference', 'list topics, services and parameters'),
     'interfaces': Command('stream3r_ros.interfaces', 'build tf2_msgs where ROS 2 comes as wheels'),

@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 from PIL import Image as PilImage
+from scipy.spatial.transform import Rotation
 
 from stream3r_core.errors import InputError
 
+FLOAT32 = 7  # of sensor_msgs/PointField
 MAX_PIXELS = 1 << 26  # 8192 x 8192: larger claims are taken for a corrupt message
 
 
@@ -74,6 +76,47 @@ def depth_from_message(message: Any) -> np.ndarray:
         raise InputError(f'depth encoding {encoding!r} is not supported; known: 16UC1, 32FC1')
     depth_m[~(np.isfinite(depth_m) & (depth_m > 0))] = np.nan
     return depth_m
+
+
+def pose_from_message(pose: Any) -> np.ndarray:
+    """Return T [4, 4] float64 of a geometry_msgs Pose or Transform.
+
+    Raises:
+        InputError: the quaternion is none.
+    """
+    moved = pose.translation if hasattr(pose, 'translation') else pose.position
+    turned = pose.rotation if hasattr(pose, 'rotation') else pose.orientation
+    quat_xyzw = np.array([turned.x, turned.y, turned.z, turned.w])
+    if not np.linalg.norm(quat_xyzw) > 0.1:
+        raise InputError(f'{quat_xyzw} where a quaternion should be')
+    T = np.eye(4)
+    T[:3, :3] = Rotation.from_quat(quat_xyzw).as_matrix()
+    T[:3, 3] = moved.x, moved.y, moved.z
+    return T
+
+
+def cloud_from_message(message: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return points and colours of a sensor_msgs/PointCloud2 with float32 x, y, z and rgb.
+
+    Returns:
+        points_xyz [N, 3] float32, colors_rgb [N, 3] uint8.
+
+    Raises:
+        InputError: a field is missing or of another type, or the data do not fit the size.
+    """
+    offsets = {f.name: f.offset for f in message.fields if f.datatype == FLOAT32}
+    missing = {'x', 'y', 'z', 'rgb'} - offsets.keys()
+    if missing or message.is_bigendian:
+        raise InputError(f'point cloud: expected little-endian float32 x y z rgb, no {missing}')
+    step, count = message.point_step, message.width * message.height
+    if len(message.data) != step * count or step < 4 + max(offsets.values()):
+        raise InputError(
+            f'point cloud of {count} points of {step} bytes: got {len(message.data)} bytes'
+        )
+    raw = np.frombuffer(_buffer(message), np.uint8).reshape(count, step)
+    x, y, z, rgb = (raw[:, offsets[name] : offsets[name] + 4] for name in ('x', 'y', 'z', 'rgb'))
+    points_xyz = np.concatenate([x, y, z], 1).view('<f4')
+    return points_xyz, rgb[:, 2::-1].copy()  # 0x00RRGGBB, little-endian
 
 
 class CameraView(NamedTuple):

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from scipy.spatial.transform import Rotation, Slerp
 
-from stream3r_core.errors import DataError
+from stream3r_core.errors import DataError, InputError
 from stream3r_core.evaluation.trajectory import Trajectory
 from stream3r_ros.bag import BagReader, BagTopic
-from stream3r_ros.conversions import stamp_ns
+from stream3r_ros.conversions import pose_from_message, stamp_ns
 
 TF_TYPES = ('tf2_msgs/msg/TFMessage', 'tf/msg/tfMessage')  # the second: old ROS 1 bags
 STATIC_TF_TOPIC = '/tf_static'
@@ -173,16 +173,10 @@ def _transforms(bag: BagReader, topic: str) -> Iterator[Any]:
 
 
 def _matrix(pose: Any) -> np.ndarray:
-    """Return T [4, 4] of a geometry_msgs Pose or Transform."""
-    moved = pose.translation if hasattr(pose, 'translation') else pose.position
-    turned = pose.rotation if hasattr(pose, 'rotation') else pose.orientation
-    quat_xyzw = np.array([turned.x, turned.y, turned.z, turned.w])
-    if not np.linalg.norm(quat_xyzw) > 0.1:
-        raise DataError(f'the true trajectory has {quat_xyzw} where a quaternion should be')
-    T = np.eye(4)
-    T[:3, :3] = Rotation.from_quat(quat_xyzw).as_matrix()
-    T[:3, 3] = moved.x, moved.y, moved.z
-    return T
+    try:
+        return pose_from_message(pose)
+    except InputError as error:
+        raise DataError(f'the true trajectory: {error}') from error
 
 
 def _plain(frame: str) -> str:

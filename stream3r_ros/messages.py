@@ -15,8 +15,9 @@ import torch
 from stream3r_core.geometry import matrix_to_quat_xyzw
 from stream3r_core.mapping import MapChange
 from stream3r_core.mapping.cloud import pack_rgb
+from stream3r_ros.conversions import FLOAT32
 
-UINT32, FLOAT32 = 6, 7  # of sensor_msgs/PointField
+UINT32 = 6  # of sensor_msgs/PointField
 POINT = np.dtype([('x', '<f4'), ('y', '<f4'), ('z', '<f4'), ('rgb', '<f4'), ('confidence', '<f4')])
 VOXEL = np.dtype(
     [*POINT.descr, ('weight', '<f4'), ('voxel_id_low', '<u4'), ('voxel_id_high', '<u4')]
