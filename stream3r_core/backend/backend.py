@@ -303,10 +303,11 @@ class SubmapBackend:
         with self.atlas.lock:
             submap = self.atlas.submaps[key]
             inside = int(np.searchsorted(submap.frame_ids, view.frame_id, 'right'))
-            way, whole = submap.T_submap_camera[:inside], max(submap.num_frames, 1)
-            path = inside / whole * submap.path_length
-            usual = whole if not submap.is_open else self.config.submaps.max_frames
-        covariance = drift_covariance(way, min(inside / usual, 1.0), path, self.config.drift)
+            way = submap.T_submap_camera[:inside]
+        steps = np.diff(way[:, :3, 3], axis=0, prepend=np.zeros((1, 3)))
+        fraction = min(inside / self.config.submaps.max_frames, 1.0)
+        path = np.linalg.norm(steps, axis=1).sum()
+        covariance = drift_covariance(way, fraction, path, self.config.drift)
         return self.arbiter.drift_factor**2 * covariance
 
     def propose_loop(self, i: int, j: int, S_i_j: np.ndarray, covariance: np.ndarray) -> None:

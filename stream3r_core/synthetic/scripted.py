@@ -5,6 +5,7 @@ frame; sessions, pairs and descriptors are those of
 :class:`~stream3r_core.synthetic.front_end.SimulatedFrontEnd`, with its drift and its outliers.
 """
 
+import copy
 from collections.abc import Iterator
 
 import numpy as np
@@ -38,7 +39,8 @@ class ScriptedNetwork(nn.Module):
         self.uncertainties: dict = {}  # none was fitted
         self.device = torch.device('cpu')
         self.fails = False
-        self._front_end = front_end
+        # each with random numbers of its own: which thread asks first changes no answer
+        self._front_end, self._pairs, self._places = (copy.deepcopy(front_end) for _ in range(3))
         self._session: Iterator[tuple[int, FramePrediction]] = iter(())
         self._anchor = nn.Parameter(torch.zeros(1))  # tells the device
 
@@ -61,7 +63,7 @@ class ScriptedNetwork(nn.Module):
         """Answer pairs of frames [P, 2, 3, H, W] that see each other."""
         pairs = []
         for first, second in _numbers(images.flatten(0, 1)).reshape(-1, 2):
-            views = self._front_end.pair(int(first), int(second))
+            views = self._pairs.pair(int(first), int(second))
             pairs.append([_answer(*(torch.as_tensor(x) for x in view)) for view in views])
         return {
             name: torch.stack([torch.stack([view[name] for view in pair]) for pair in pairs])
@@ -71,7 +73,7 @@ class ScriptedNetwork(nn.Module):
     def descriptor(self, images: Tensor) -> Tensor:
         """Answer [B, S, C] for images [B, S, 3, H, W]."""
         numbers = _numbers(images.flatten(0, 1))
-        vectors = np.stack([self._front_end.descriptor(int(n)) for n in numbers])
+        vectors = np.stack([self._places.descriptor(int(n)) for n in numbers])
         return torch.from_numpy(vectors).unflatten(0, images.shape[:2])
 
 
