@@ -76,7 +76,8 @@ def bag_clip(
             depth, remarks = _find_depth(bag, depth_topic, view, calibrate)
         if isinstance(truth, str):
             frame_id = camera_frame(view.frame_id, config or NodeConfig())
-            truth = bag_truth(bag, truth, frame_id, stamps)
+            truth, doubts = bag_truth(bag, truth, frame_id, stamps)
+            remarks += doubts
     if calibrate is not None:
         remarks.append(f'images are rectified as {view.info.distortion_model} lenses need it')
     frames = BagFrames(Path(path), images, len(stamps), view, truth, depth, calibrate)

@@ -334,9 +334,10 @@ def _accuracy(plan: Plan, config: NodeConfig) -> str:
     estimate = read_trajectory(plan.folder / TRAJECTORY)
     try:
         frame = camera_frame(next(iter(plan.source))().frame_id, config)
-        truth = bag_truth(plan.bag, '', frame, estimate.stamps_ns)
+        truth, remarks = bag_truth(plan.bag, '', frame, estimate.stamps_ns)
         if truth is None:
-            return f'{len(estimate)} poses; the input has no true ones to compare with'
+            why = remarks or ['the input has no true ones to compare with']
+            return f'{len(estimate)} poses; {"; ".join(why)}'
         error = ate(truth, estimate, 'sim3')
     except Stream3rError as reason:
         return f'{len(estimate)} poses; no ATE: {reason}'

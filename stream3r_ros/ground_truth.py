@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.spatial.transform import Rotation, Slerp
@@ -23,31 +23,46 @@ POSE_TYPES = {
 }
 TRUTH_TYPES = (*TF_TYPES, *POSE_TYPES)
 _SAYS_TRUTH = re.compile(r'ground_?truth|(^|[/_])gt([/_]|$)|mocap|vicon|optitrack', re.IGNORECASE)
+_FIXED = re.compile(r'(^|_)(map|world|earth)$', re.IGNORECASE)  # roots that no odometry has
+
+
+class BagTruth(NamedTuple):
+    """The true trajectory of a bag, None where it has none, and what to know about it."""
+
+    trajectory: Trajectory | None
+    remarks: tuple[str, ...] = ()
 
 
 def bag_truth(
     bag: BagReader, topic_name: str, camera_frame: str, stamps_ns: np.ndarray
-) -> Trajectory | None:
-    """Return the true trajectory of the camera that a bag carries, or None where it has none.
+) -> BagTruth:
+    """Return the true trajectory of the camera that a bag carries.
 
     Looked for, unless ``topic_name`` says where, in this order: a topic of transforms or poses
     whose name says that it is the truth, then the chain of /tf and /tf_static that ends in
-    ``camera_frame``. ``name`` of the result says what was found. Transforms are interpolated at
-    ``stamps_ns`` [N], the images' stamps. A message that names the frame it moves is carried over
-    to the camera by /tf_static; a plain pose is taken for the camera's own.
+    ``camera_frame``. That chain counts unasked only where it begins in a frame called map, world
+    or earth, or like a truth, and passes no odometry; any other one is a remark. ``name`` of the
+    trajectory says what was found. Transforms are interpolated at ``stamps_ns`` [N], the images'
+    stamps. A message that names the frame it moves is carried over to the camera by /tf_static; a
+    plain pose is taken for the camera's own.
 
     Raises :class:`DataError` where the topic is of another type or does not lead to the camera.
     """
     topic = bag.topic(topic_name, TRUTH_TYPES) if topic_name else _truth_topic(bag)
-    if topic is None:
-        return None
+    is_guess = topic is None
+    topic = topic or bag.topics.get('/tf')
+    if topic is None or topic.type not in TRUTH_TYPES:
+        return BagTruth(None)
     if topic.type in TF_TYPES:
-        found = _tf_trajectory(bag, topic.name, camera_frame, stamps_ns)
+        edges = _tf_edges(bag, topic.name)
+        if is_guess and (doubt := _doubt(edges, camera_frame)):
+            return BagTruth(None, (doubt,))
+        found = _tf_trajectory(edges, topic.name, camera_frame, stamps_ns)
     else:
         found = _pose_trajectory(bag, topic, camera_frame)
-    if found is None and (topic_name or topic.name != '/tf'):
+    if found is None and not is_guess:
         raise DataError(f'{bag.path}: {topic.name} holds no pose of the frame {camera_frame!r}')
-    return found
+    return BagTruth(found)
 
 
 def static_transform(bag: BagReader, target: str, source: str) -> np.ndarray | None:
@@ -72,7 +87,24 @@ def _truth_topic(bag: BagReader) -> BagTopic | None:
         for topic in named:
             if topic.type in kinds:
                 return topic
-    return bag.topics.get('/tf')
+    return None
+
+
+def _doubt(edges: dict[str, '_Edge'], camera_frame: str) -> str:
+    """Why the chain to the camera may be an odometry, not a truth; '' where it hardly is one."""
+    path = _chain(edges, camera_frame)
+    if all(edge.is_static for edge in path):
+        return ''
+    frames = [edge.parent for edge in reversed(path)]
+    root = frames[0]
+    is_odometry = any('odom' in frame.lower() for frame in frames)
+    if not is_odometry and (_FIXED.search(root) or _SAYS_TRUTH.search(root)):
+        return ''
+    what = 'an odometry' if is_odometry else f'no known fixed frame ({root!r})'
+    return (
+        f'no true poses: /tf leads to the camera by {" -> ".join([*frames, camera_frame])}, which '
+        f'is {what}; --ground-truth /tf takes it for the truth'
+    )
 
 
 def _pose_trajectory(bag: BagReader, topic: BagTopic, camera_frame: str) -> Trajectory | None:
@@ -93,13 +125,18 @@ def _pose_trajectory(bag: BagReader, topic: BagTopic, camera_frame: str) -> Traj
     return _sorted(np.array(stamps), T_world_camera, topic.name)
 
 
-def _tf_trajectory(
-    bag: BagReader, topic: str, camera_frame: str, stamps_ns: np.ndarray
-) -> Trajectory | None:
+def _tf_edges(bag: BagReader, topic: str) -> dict[str, '_Edge']:
+    """All edges of a topic of transforms and of /tf_static, by child frame."""
     edges = _static_edges(bag)
     for transform in _transforms(bag, topic):
         edge = edges.setdefault(_plain(transform.child_frame_id), _Edge())
         edge.add(transform)
+    return edges
+
+
+def _tf_trajectory(
+    edges: dict[str, '_Edge'], topic: str, camera_frame: str, stamps_ns: np.ndarray
+) -> Trajectory | None:
     path = _chain(edges, camera_frame)
     if all(edge.is_static for edge in path):
         return None

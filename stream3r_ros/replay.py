@@ -293,7 +293,8 @@ def _judge(
     report.find_gaps(estimate.stamps_ns)
     try:
         if truth is None and bag is not None and truth_name != 'none':
-            truth = bag_truth(bag, truth_name, report.camera_frame, estimate.stamps_ns)
+            found = bag_truth(bag, truth_name, report.camera_frame, estimate.stamps_ns)
+            truth, report.no_accuracy = found.trajectory, '; '.join(found.remarks)
         if truth is not None:
             report.accuracy = ate(truth, estimate, 'sim3')
     except DataError as error:

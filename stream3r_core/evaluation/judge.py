@@ -29,14 +29,12 @@ def judge_trajectory(
     truth: Trajectory | None,
     estimate: Trajectory,
     config: EvaluationConfig,
-    against: str = '',
 ) -> dict[str, TrajectoryError]:
-    """Add ATE, RPE, drift and AUC; return the ATE by alignment, empty where skipped.
-
-    ``against`` names the truth where there are several.
-    """
+    """Add ATE, RPE, drift and AUC; return the ATE by alignment, empty where skipped."""
     tolerance_ns = round(config.association_ms * 1e6)
-    add = partial(report.add, 'trajectory', truth=against)
+    if truth is not None:
+        report.remarks.append(f'true poses: {truth.name}')
+    add = partial(report.add, 'trajectory', truth=truth.name if truth else '')
     errors: dict[str, TrajectoryError] = {}
     with report.skipping('trajectory'):
         if truth is None:
@@ -130,25 +128,25 @@ def judge_map(
             config.icp_max_distance_m,
             config.f_score_threshold_m,
         )
-        _add_map(report, result)
+        _add_map(partial(report.add, 'map', truth=alignment.truth.name), result)
+        if result.icp.voxel_m:
+            report.remarks.append(f'ICP ran on a voxel grid of {result.icp.voxel_m:.4g} m')
         return result
     return None
 
 
-def _add_map(report: Report, result: MapErrors) -> None:
+def _add_map(add: Callable[..., None], result: MapErrors) -> None:
     how = f'Sim(3) of the trajectory, {ICP_VARIANTS[result.icp.variant]}'
     for name, value in result.errors.summary.items():
         unit = 'm' if name.endswith('_m') else ''
         label = name.removesuffix('_m').replace('_', ' ')
         if name == 'f_score':
             label = f'F-score at {result.errors.threshold_m:g} m'
-        report.add('map', label, value, unit, how)
+        add(label, value, unit, how)
     if result.icp.variant != 'none':
-        report.add('map', 'ICP fitness', result.icp.fitness, '', how)
-        report.add('map', 'ICP inlier RMSE', result.icp.inlier_rmse_m, 'm', how)
-        report.add('map', 'ICP time', result.icp.duration_s, 's', how)
-    if result.icp.voxel_m:
-        report.remarks.append(f'ICP ran on a voxel grid of {result.icp.voxel_m:.4g} m')
+        add('ICP fitness', result.icp.fitness, '', how)
+        add('ICP inlier RMSE', result.icp.inlier_rmse_m, 'm', how)
+        add('ICP time', result.icp.duration_s, 's', how)
 
 
 def judge_speed(report: Report, log: FrameLog, config: EvaluationConfig) -> None:

@@ -22,7 +22,7 @@ class Metric:
     value: float
     unit: str  # '' = none
     alignment: str = ''  # how the estimate was brought to the truth before
-    truth: str = ''  # which of several truths; '' = the only one
+    truth: str = ''  # what it was compared with; '' = nothing, or the remarks name it
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,9 @@ class Report:
         self.metrics.append(Metric(group, name, float(value), unit, alignment, truth))
 
     def value(self, name: str, alignment: str = '', truth: str = '') -> float | None:
-        """Value of a metric, None where it was skipped."""
-        wanted = name, alignment, truth
-        found = (m for m in self.metrics if (m.name, m.alignment, m.truth) == wanted)
-        return next((m.value for m in found), None)
+        """Value of a metric, against the first truth unless one is named; None: skipped."""
+        found = (m for m in self.metrics if (m.name, m.alignment) == (name, alignment))
+        return next((m.value for m in found if not truth or m.truth == truth), None)
 
     @contextmanager
     def skipping(self, group: str):

@@ -244,8 +244,7 @@ def _judge(report, truths, estimate, predicted, collected, config) -> list[pictu
     """Fill the report and return its pictures."""
     ates = []
     for truth in truths or [None]:
-        against = truth.name if len(truths) > 1 else ''
-        ates.append(judge_trajectory(report, truth, estimate, config, against))
+        ates.append(judge_trajectory(report, truth, estimate, config))
     depth = judge_depth(report, collected.depth, config)
     true_cloud = collected.truth_map.cloud()
     judged_map = judge_map(report, predicted, true_cloud.points_xyz, ates[0].get('sim3'), config)

@@ -79,6 +79,25 @@ def test_a_bag_brings_its_own_truth(bag, tmp_path):
     groups = {metric.group for metric in report.metrics}
     assert groups == {'trajectory', 'depth', 'map', 'speed'}
     assert any('/depth/image' in remark for remark in report.remarks)
+    assert f'true poses: /tf map -> {CAMERA_FRAME}' in report.remarks
+    poses = [metric for metric in report.metrics if metric.group == 'trajectory']
+    assert {metric.truth for metric in poses} == {f'/tf map -> {CAMERA_FRAME}'}
+
+
+def test_robot_odometry_is_no_truth_unless_it_is_named(tmp_path):
+    def odometry(index):
+        T = true_pose(index)
+        return MESSAGES.tf([MESSAGES.transform(T, stamp(index), 'odom', CAMERA_FRAME)])
+
+    bag = write_images(tmp_path / 'bag', extra={'/tf': odometry})
+    report = read_report(evaluated(tmp_path / 'a', bag))
+    assert report.value('ATE RMSE', 'SE(3)') is None
+    assert any('--ground-truth /tf' in remark for remark in report.remarks)
+    report = read_report(evaluated(tmp_path / 'b', bag, '--ground-truth', '/tf'))
+    name = f'/tf odom -> {CAMERA_FRAME}'
+    assert report.value('ATE RMSE', 'SE(3)', name) > 0
+    assert f'true poses: {name}' in report.remarks
+    assert f'against {name}'.replace('>', '&gt;') in (tmp_path / 'b/report.html').read_text()
 
 
 def test_depth_and_pose_of_a_bag_reach_the_frame_that_they_belong_to(bag):

@@ -1,5 +1,7 @@
 """Trajectories that bags carry: transforms are chained and interpolated, poses carried over."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from recordings import CAMERA_FRAME, MESSAGES, STEP_NS, stamp, true_pose, true_tf, write_images
@@ -32,7 +34,7 @@ def write_transforms(path, edges):
 
 def truth_of(path, topic='', frame=CAMERA_FRAME, stamps=STAMPS):
     with BagReader(path) as bag:
-        return bag_truth(bag, topic, frame, stamps)
+        return bag_truth(bag, topic, frame, stamps).trajectory
 
 
 def test_a_direct_transform_is_the_trajectory(tmp_path):
@@ -48,7 +50,7 @@ def test_transforms_are_chained_through_moving_and_static_edges(tmp_path):
     for index in range(6):
         edges.append(('/tf', 'map', 'odom', stamp(index), turned(0.2 * index, z=1)))
         edges.append(('/tf', 'odom', 'base', stamp(index), turned(-0.1, x=index)))
-    found = truth_of(write_transforms(tmp_path / 'bag', edges))
+    found = truth_of(write_transforms(tmp_path / 'bag', edges), '/tf')
     expected = [turned(0.2 * k, z=1) @ turned(-0.1, x=k) @ mount for k in range(6)]
     np.testing.assert_allclose(found.T_world_camera, expected, atol=1e-9)
 
@@ -78,7 +80,23 @@ def test_transforms_in_a_circle_end(tmp_path):
         ('/tf', 'a', CAMERA_FRAME, stamp(0), np.eye(4)),
         ('/tf', CAMERA_FRAME, 'a', stamp(0), np.eye(4)),
     ]
-    assert len(truth_of(write_transforms(tmp_path / 'bag', edges))) == 1
+    assert len(truth_of(write_transforms(tmp_path / 'bag', edges), '/tf')) == 1
+
+
+@pytest.mark.parametrize('frames', [('odom',), ('map', 'odom'), ('robot1/odom',), ('start',)])
+def test_a_chain_that_may_be_odometry_is_a_truth_only_when_it_is_named(tmp_path, frames):
+    chain = [*frames, CAMERA_FRAME]
+    edges = [
+        ('/tf', parent, child, stamp(index), true_pose(index))
+        for index in range(6)
+        for parent, child in pairwise(chain)
+    ]
+    path = write_transforms(tmp_path / 'bag', edges)
+    with BagReader(path) as bag:
+        found, (remark,) = bag_truth(bag, '', CAMERA_FRAME, STAMPS)
+        named = bag_truth(bag, '/tf', CAMERA_FRAME, STAMPS)
+    assert found is None and ' -> '.join(chain) in remark and '--ground-truth /tf' in remark
+    assert len(named.trajectory) == 6
 
 
 @pytest.mark.parametrize('name', ['/ground_truth/pose', '/vicon/cam', '/gt', '/groundtruth_pose'])
