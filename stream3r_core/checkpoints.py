@@ -74,7 +74,10 @@ def load_model(
         path, source = _find(preset_or_config, weights, revision)
         model = _model_from_file(config, path, source)
     dtype = dtype or default_dtype(device)
-    return model.set_dtype(dtype).to(device).eval()
+    model.set_dtype(dtype).to(device).eval()
+    for convolutions in (model.aggregator.patch_embed, model.depth_head, model.point_head):
+        convolutions.to(memory_format=torch.channels_last)  # what their kernels work in
+    return model
 
 
 def default_dtype(device: torch.device) -> torch.dtype:

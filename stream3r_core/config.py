@@ -159,6 +159,13 @@ class WeightsConfig:
     dtype: str = option(
         'auto', 'precision of the transformer', choices=('auto', 'float32', 'bfloat16', 'float16')
     )
+    max_gpu_memory: float = option(
+        0.0,
+        'fraction of the GPU memory that this process may take, for GPUs shared with others; '
+        '0 = no limit',
+        minimum=0.0,
+        maximum=1.0,
+    )
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """From image to pose, depth and map: the one path that node, replay and demo share."""
 
 import dataclasses
+import logging
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -13,6 +14,8 @@ from stream3r_core.image import prepare_photos
 from stream3r_core.mapping import VoxelMap
 from stream3r_core.session import StreamSession, to_prediction
 from stream3r_core.types import FramePrediction
+
+_log = logging.getLogger(__name__)
 
 
 class Reconstructor:
@@ -85,6 +88,13 @@ class Reconstructor:
         self.session.reset()
         self._T_world_session = T_world_camera.float().cpu()
 
+    def release_session(self) -> None:
+        """Give the memory of the session back; an empty one, as after a reset, takes its place."""
+        model = self.session.model
+        self.session = make_session(model, self.config)  # allocates with its first image
+        if model.device.type == 'cuda':
+            torch.cuda.empty_cache()
+
 
 def make_session(model, config: CoreConfig) -> StreamSession:
     """Return the streaming session that a configuration asks for."""
@@ -119,13 +129,34 @@ def reconstruct_photos(model, images: Iterable, config: CoreConfig) -> Iterator[
 
 def load_configured_model(config: WeightsConfig):
     """Load the network that a configuration names, on the device and in the type it asks for."""
-    return load_model(
-        config.preset,
-        weights=config.weights or None,
-        revision=config.revision or None,
-        device=resolve_device(config.device),
-        dtype=None if config.dtype == 'auto' else getattr(torch, config.dtype),
-    )
+    device = resolve_device(config.device)
+    if config.max_gpu_memory:
+        limit_gpu_memory(config.max_gpu_memory, device)
+    try:
+        return load_model(
+            config.preset,
+            weights=config.weights or None,
+            revision=config.revision or None,
+            device=device,
+            dtype=None if config.dtype == 'auto' else getattr(torch, config.dtype),
+        )
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f'{config.preset} does not fit into the memory of {device}: free some, raise '
+            f'model.max_gpu_memory, or use a smaller model.dtype ({_first_line(error)})'
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition('\n')[0]
+
+
+def limit_gpu_memory(fraction: float, device: torch.device) -> None:
+    """Let this process take at most a fraction of a GPU's memory; a CPU has no such limit."""
+    if device.type == 'cuda':
+        torch.cuda.set_per_process_memory_fraction(fraction, device)
+    else:
+        _log.warning('model.max_gpu_memory has no effect: the network runs on %s', device)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -75,6 +75,7 @@ class LiveReconstruction:
         self._warn_once = Throttled(_log.warning, quiet_s=float('inf'))
         self._num_without_tf = self._num_without_scale = 0
         self._sigmas: Sigmas | None = None
+        self._report_memory = Throttled(_log.error)
         self.camera_info: Any = None
         self.figures = self._figures()
 
@@ -90,7 +91,7 @@ class LiveReconstruction:
         if self._is_new:
             self._orient_map(frame, stamp, config)
         self._reconstructor.map.config = config.mapping
-        predictions = self._reconstructor.feed(image, stamp, K)
+        predictions = self._predictions(image, stamp, K)
         self._last_stamp_ns, self._size_hw, self._is_new = stamp, image.shape[:2], False
         for prediction in predictions:  # none, or a whole chunk (cache.chunk_size)
             self._map_stamp_ns = prediction.stamp_ns
@@ -101,6 +102,29 @@ class LiveReconstruction:
             self._sigmas = sent.sigmas
             self._track(prediction, config)
         self.figures = self._figures()
+
+    def _predictions(
+        self, image: np.ndarray, stamp: int, K: np.ndarray | None
+    ) -> list[FramePrediction]:
+        """Feed an image; where the GPU has no room for it, the session goes and the map stays."""
+        try:
+            return self._reconstructor.feed(image, stamp, K)
+        except torch.OutOfMemoryError as error:
+            reason = str(error).partition('\n')[0]
+        # Outside the handler: the exception holds the tensors of the failed image.
+        self._reconstructor.release_session()
+        if self._trusted_pose is not None:
+            self._reconstructor.restart_at(self._trusted_pose)
+        self._tracking.reset()
+        self._restarts['out_of_memory'] += 1
+        self.figures = self._figures()
+        text = (
+            f'out of GPU memory ({reason}): a new session goes on from the last trusted pose, the '
+            'map stays; use session.mode stac or window, smaller images, or leave the node more '
+            'memory (model.max_gpu_memory)'
+        )
+        self._report_memory(text)
+        raise InputError(text)
 
     def _find_scale(self, prediction: FramePrediction, frame: str, config: NodeConfig) -> None:
         """Update metres per scene unit, where there is a source of metres."""
@@ -172,7 +196,7 @@ class LiveReconstruction:
         current = self._reconstructor.map
         version = current.version, self._publishers.outputs.scale
         if version != self._published_version and self._map_stamp_ns is not None:
-            self._publishers.publish_map(current.points(), self._map_stamp_ns)
+            self._publishers.publish_map(current.view(), self._map_stamp_ns)
             self._published_version = version
 
     def publish_map_changes(self, max_points: int) -> None:

@@ -5,7 +5,7 @@ it the classes of either library, so that node and replay cannot differ in what 
 """
 
 import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from stream3r_core.geometry import matrix_to_quat_xyzw
-from stream3r_core.mapping import MapChange
+from stream3r_core.mapping import MapChange, MapCloud
 from stream3r_core.mapping.cloud import pack_rgb
 from stream3r_ros.conversions import FLOAT32
 
@@ -32,19 +32,23 @@ class MessageFactory:
 
     def __init__(
         self,
-        message_class: Callable[[str], type],
+        message_class: Callable[[str], Callable[..., Any]],
         sequence: Callable[[np.ndarray], Any],
+        zeros: Callable[[int], Any],
         serialize: Callable[[Any], bytes],
     ):
-        """Take the three things in which the libraries differ.
+        """Take the four things in which the libraries differ.
 
         Args:
-            message_class: class of a type such as 'sensor_msgs/msg/Image'.
+            message_class: what makes a message of a type such as 'sensor_msgs/msg/Image' from
+                its fields.
             sequence: a numpy array as the value of an unbounded array field.
+            zeros: the value of a field of so many bytes, to be written through its buffer.
             serialize: CDR bytes of a message.
         """
         self._class = message_class
         self._sequence = sequence
+        self._zeros = zeros
         self.serialize = serialize
 
     def make(self, type_name: str, **fields: Any) -> Any:
@@ -183,8 +187,22 @@ class MessageFactory:
         Fields x, y, z, rgb and confidence of 4 bytes each; ``rgb`` is 0x00RRGGBB declared as a
         float, which is what RViz and PCL read.
         """
-        packed = _packed_points(POINT, points_xyz, colors_rgb, confidence)
-        return self._point_cloud(packed, stamp_ns, frame_id, is_dense=True)
+        cloud = MapCloud(points_xyz, colors_rgb, confidence)
+        return self.cloud_of_blocks(len(cloud), [cloud], stamp_ns, frame_id)
+
+    def cloud_of_blocks(
+        self, num_points: int, blocks: Iterable[MapCloud], stamp_ns: int, frame_id: str
+    ) -> Any:
+        """Return the PointCloud2 of :meth:`cloud` for points that come in blocks.
+
+        They are written into the message and nowhere else: a large map is held once.
+        """
+        data, packed = self._records(num_points, POINT)
+        start = 0
+        for block in blocks:
+            _pack(packed[start : start + len(block)], block)
+            start += len(block)
+        return self._point_cloud(data, packed, stamp_ns, frame_id, is_dense=True)
 
     def voxels(self, change: MapChange, stamp_ns: int, frame_id: str) -> Any:
         """Return a sensor_msgs/PointCloud2 of changed voxels, those that are gone with NaN.
@@ -192,15 +210,21 @@ class MessageFactory:
         Fields as in :meth:`cloud`, and ``weight`` (float32, 0 = removed), ``voxel_id_low`` and
         ``voxel_id_high`` (uint32), the halves of the voxel's number.
         """
-        packed = _packed_points(VOXEL, change.points_xyz, change.colors_rgb, change.confidence)
+        data, packed = self._records(len(change.voxel_ids), VOXEL)
+        _pack(packed, change)
         packed['weight'] = change.weight
         packed['voxel_id_low'] = change.voxel_ids & 0xFFFFFFFF
         packed['voxel_id_high'] = change.voxel_ids >> 32
         is_dense = bool((change.weight > 0).all())
-        return self._point_cloud(packed, stamp_ns, frame_id, is_dense)
+        return self._point_cloud(data, packed, stamp_ns, frame_id, is_dense)
+
+    def _records(self, count: int, layout: np.dtype) -> tuple[Any, np.ndarray]:
+        """Return a field of bytes and the records [count] that it holds."""
+        data = self._zeros(count * layout.itemsize)
+        return data, np.frombuffer(data, layout) if count else np.zeros(0, layout)
 
     def _point_cloud(
-        self, packed: np.ndarray, stamp_ns: int, frame_id: str, is_dense: bool
+        self, data: Any, packed: np.ndarray, stamp_ns: int, frame_id: str, is_dense: bool
     ) -> Any:
         layout = packed.dtype
         return self.make(
@@ -212,7 +236,7 @@ class MessageFactory:
             is_bigendian=False,
             point_step=layout.itemsize,
             row_step=packed.nbytes,
-            data=self._sequence(packed.view(np.uint8)),
+            data=data,
             is_dense=is_dense,
         )
 
@@ -248,14 +272,13 @@ class MessageFactory:
         )
 
 
-def _packed_points(
-    layout: np.dtype, points_xyz: np.ndarray, colors_rgb: np.ndarray, confidence: np.ndarray
-) -> np.ndarray:
-    packed = np.empty(len(points_xyz), layout)
-    packed.view('<f4').reshape(len(packed), layout.itemsize // 4)[:, :3] = points_xyz
-    packed['rgb'] = pack_rgb(colors_rgb)
-    packed['confidence'] = confidence
-    return packed
+def _pack(packed: np.ndarray, points: MapCloud | MapChange) -> None:
+    """Write the fields that all clouds have into records [N] of a layout that begins with them."""
+    if len(packed):
+        width = packed.dtype.itemsize // 4
+        packed.view('<f4').reshape(len(packed), width)[:, :3] = points.points_xyz
+        packed['rgb'] = pack_rgb(points.colors_rgb)
+        packed['confidence'] = points.confidence
 
 
 def rclpy_class(type_name: str) -> type:
@@ -273,7 +296,23 @@ def rclpy_messages() -> MessageFactory:
         field.frombytes(values.view(np.uint8))
         return field
 
-    return MessageFactory(rclpy_class, sequence, serialize_message)
+    def zeros(num_bytes: int) -> array.array:
+        return array.array('B', [0]) * num_bytes
+
+    def maker(type_name: str) -> Callable[..., Any]:
+        message_class = rclpy_class(type_name)
+        # Since Jazzy fields are copied where they are not checked; before, they always were.
+        checked = {'check_fields': True} if '_check_fields' in message_class.__slots__ else {}
+
+        def make(**fields: Any) -> Any:
+            message = message_class(**checked)  # which copies the fields that it is given itself
+            for name, value in fields.items():
+                setattr(message, name, value)
+            return message
+
+        return make
+
+    return MessageFactory(maker, sequence, zeros, serialize_message)
 
 
 def rosbags_messages() -> MessageFactory:
@@ -283,5 +322,6 @@ def rosbags_messages() -> MessageFactory:
     return MessageFactory(
         JAZZY.types.__getitem__,
         lambda values: values,
+        lambda num_bytes: np.zeros(num_bytes, np.uint8),
         lambda message: bytes(JAZZY.serialize_cdr(message, message.__msgtype__)),
     )

@@ -15,7 +15,7 @@ import numpy as np
 
 from stream3r_core.config import MappingConfig
 from stream3r_core.geometry import unproject
-from stream3r_core.mapping import MapChange, MapCloud
+from stream3r_core.mapping import MapChange, MapCloud, MapView
 from stream3r_core.mapping.filters import reliable_pixels
 from stream3r_core.types import FramePrediction
 from stream3r_core.uncertainty import Uncertainty, mean_confidence, median_depth
@@ -118,12 +118,13 @@ class Outputs:
         """Return the nav_msgs/Path of the recent poses, each with its own stamp."""
         return self.messages.path(self._poses, stamp_ns, self.map_frame)
 
-    def map(self, cloud: MapCloud, stamp_ns: int) -> Any:
-        """Return the map, given in the world frame, as PointCloud2 in the map frame."""
-        cloud = self.in_map_frame(cloud)
-        return self.messages.cloud(
-            cloud.points_xyz, cloud.colors_rgb, cloud.confidence, stamp_ns, self.map_frame
-        )
+    def map(self, cloud: MapCloud | MapView, stamp_ns: int) -> Any:
+        """Return the map, given in the world frame, as PointCloud2 in the map frame.
+
+        It is moved block by block, straight into the message.
+        """
+        moved = map(self.in_map_frame, cloud.blocks())
+        return self.messages.cloud_of_blocks(len(cloud), moved, stamp_ns, self.map_frame)
 
     def map_changes(self, change: MapChange, stamp_ns: int, max_points: int) -> Iterator[Any]:
         """Yield changes, given in the world frame, as messages of at most ``max_points``.

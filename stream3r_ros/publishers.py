@@ -76,7 +76,7 @@ class Publishers:
         return frame
 
     def publish_map(self, cloud: Any, stamp_ns: int) -> None:
-        """Send the accumulated map, a ``MapCloud`` in the world frame."""
+        """Send the accumulated map, a ``MapCloud`` or ``MapView`` in the world frame."""
         self._send('~/map', self.outputs.map(cloud, stamp_ns))
 
     def publish_map_changes(

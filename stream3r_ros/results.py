@@ -54,7 +54,7 @@ class RunBag:
             if self.last_stamp_ns is not None:
                 stamp_ns = self.last_stamp_ns
                 self._record('~/path', self.outputs.path(stamp_ns), stamp_ns)
-                self._record('~/map', self.outputs.map(self._map.points(), stamp_ns), stamp_ns)
+                self._record('~/map', self.outputs.map(self._map.view(), stamp_ns), stamp_ns)
 
     def add(self, prediction: FramePrediction, camera_frame: str) -> FrameOutputs:
         """Write the messages of one frame and return what they were made of."""

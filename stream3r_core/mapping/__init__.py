@@ -1,6 +1,15 @@
 """The accumulated map: voxel-hashed, confidence-weighted, within a point budget; and its files."""
 
 from stream3r_core.mapping.cloud import MapCloud, load_ply, save_pcd, save_ply
-from stream3r_core.mapping.voxel_map import MapChange, VoxelMap, VoxelRows
+from stream3r_core.mapping.voxel_map import MapChange, MapView, VoxelMap, VoxelRows
 
-__all__ = ['MapChange', 'MapCloud', 'VoxelMap', 'VoxelRows', 'load_ply', 'save_pcd', 'save_ply']
+__all__ = [
+    'MapChange',
+    'MapCloud',
+    'MapView',
+    'VoxelMap',
+    'VoxelRows',
+    'load_ply',
+    'save_pcd',
+    'save_ply',
+]

@@ -1,5 +1,6 @@
 """A snapshot of the map, and its files: PLY and PCD, binary little endian."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ _PLY_TYPES = {
 }
 _PLY_NAMES = {np.dtype(code): name for name, code in _PLY_TYPES.items() if name[-1].isalpha()}
 _MAX_HEADER = 1 << 16  # bytes
+BLOCK_POINTS = 1 << 14  # of a large cloud in work: what a step makes of them stays in the cache
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,12 @@ class MapCloud:
 
     def __len__(self) -> int:
         return len(self.points_xyz)
+
+    def blocks(self) -> Iterator['MapCloud']:
+        """Yield the points in order, at most :data:`BLOCK_POINTS` at a time, without a copy."""
+        for start in range(0, len(self), BLOCK_POINTS):
+            rows = slice(start, start + BLOCK_POINTS)
+            yield MapCloud(self.points_xyz[rows], self.colors_rgb[rows], self.confidence[rows])
 
 
 def save_ply(cloud: MapCloud, path: str | Path) -> None:

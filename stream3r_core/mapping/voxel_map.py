@@ -1,6 +1,7 @@
 """The accumulated map: one weighted point per voxel, within a budget, changed frame by frame."""
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from threading import Lock
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from torch import Tensor
 from stream3r_core.config import MappingConfig
 from stream3r_core.errors import InputError
 from stream3r_core.geometry import unproject_to_world
-from stream3r_core.mapping.cloud import MapCloud
+from stream3r_core.mapping.cloud import BLOCK_POINTS, MapCloud
 from stream3r_core.mapping.filters import reliable_pixels
 from stream3r_core.mapping.voxel_index import CELL_LIMIT, VoxelIndex, group_keys, pack_cells
 from stream3r_core.types import FramePrediction
@@ -50,6 +51,27 @@ class VoxelRows(NamedTuple):
     rows: np.ndarray  # [N] int64; one that was removed may hold another voxel later
     cloud: MapCloud
     weight: np.ndarray  # [N] float32, accumulated confidence; 0: removed
+
+
+class MapView:
+    """The points of a map, to be read block by block without a copy of the whole.
+
+    ``len`` is fixed when the view is made. What is integrated meanwhile may show in later blocks;
+    after a :meth:`VoxelMap.clear` the view still gives what was there.
+    """
+
+    def __init__(self, state: np.ndarray, lock: Lock):
+        self._state, self._lock = state, lock
+
+    def __len__(self) -> int:
+        return len(self._state)
+
+    def blocks(self) -> Iterator[MapCloud]:
+        """Yield all points, at most :data:`BLOCK_POINTS` at a time."""
+        for start in range(0, len(self), BLOCK_POINTS):
+            with self._lock:
+                rows = self._state[start : start + BLOCK_POINTS].copy()
+            yield _cloud(rows)
 
 
 class VoxelMap:
@@ -198,16 +220,19 @@ class VoxelMap:
         new = self._newcomers(np.flatnonzero(~known), observed)
         slots[new] = self._take_slots(len(new))
         self._index.insert(keys[new], slots[new])
-        self._state[slots[new]] = 0
+        self._changed[slots[new]] = self._version
+        self._average_known(np.flatnonzero(known), slots, observed)
         placed = np.flatnonzero(slots != -1)
-        slots, observed = slots.take(placed), observed.take(placed, 0)
-        state = self._state.take(slots, 0)
-        weight = state[:, _WEIGHT] + observed[:, _WEIGHT]
-        share = observed[:, _WEIGHT] / weight
-        state += share[:, np.newaxis] * (observed - state)
+        self._state[slots.take(placed)] = observed.take(placed, 0)
+
+    def _average_known(self, known: np.ndarray, slots: np.ndarray, observed: np.ndarray) -> None:
+        """Turn the observations of voxels that the map has into their new state, in place."""
+        state, new = self._state.take(slots.take(known), 0), observed.take(known, 0)
+        weight = state[:, _WEIGHT] + new[:, _WEIGHT]
+        share = new[:, _WEIGHT] / weight
+        state += share[:, np.newaxis] * (new - state)
         state[:, _WEIGHT] = np.minimum(weight, MAX_WEIGHT)
-        self._state[slots] = state
-        self._changed[slots] = self._version
+        observed[known] = state
 
     def _newcomers(self, new: np.ndarray, observed: np.ndarray) -> np.ndarray:
         """Of the new voxels, the surest ones where a single frame exceeds the whole budget."""
@@ -233,17 +258,24 @@ class VoxelMap:
         sweep = max(_SWEEP * count, _MIN_SWEEP)
         while True:
             sweep = min(sweep, self._max_points)
-            passed = (self._hand + np.arange(sweep)) % self._max_points
-            candidates = passed[self._changed[passed] != self._version]
-            if len(candidates) >= count:
+            is_free = self._ahead(self._changed, sweep) != self._version
+            if np.count_nonzero(is_free) >= count:
                 break
             sweep *= 2
+        weight = np.where(is_free, self._ahead(self._state[:, _WEIGHT], sweep), np.inf)
+        lightest = np.argpartition(weight, count - 1)[:count]
+        slots = (self._hand + lightest) % self._max_points
         self._hand = (self._hand + sweep) % self._max_points
-        lightest = np.argpartition(self._state[candidates, _WEIGHT], count - 1)[:count]
-        slots = candidates[lightest]
         self._log_removed(self._index.keys[slots])
         self._index.remove(slots)
         return slots
+
+    def _ahead(self, column: np.ndarray, count: int) -> np.ndarray:
+        """Values of the next slots that the hand passes, beyond the last slot from the first."""
+        end = self._hand + count
+        if end <= self._max_points:
+            return column[self._hand : end]
+        return np.concatenate((column[self._hand :], column[: end - self._max_points]))
 
     def _log_removed(self, voxel_ids: np.ndarray) -> None:
         self._removed.append((self._version, voxel_ids))
@@ -265,6 +297,11 @@ class VoxelMap:
             state = self._state[rows]
         cloud = MapCloud(state[:, _XYZ], _colors(state), state[:, _CONFIDENCE])
         return VoxelRows(rows, cloud, state[:, _WEIGHT])
+
+    def view(self) -> MapView:
+        """Return all points for reading in blocks, see :class:`MapView`."""
+        with self._lock:
+            return MapView(self._state[: self._num_points], self._lock)
 
     def changed_since(self, version: int) -> MapChange:
         """Return what changed after ``version``: the newest state of each voxel, and removals.
@@ -311,6 +348,10 @@ def _observe(
     observed[:, _CONFIDENCE] = total / np.bincount(groups, minlength=num_groups)
     observed[:, _WEIGHT] = np.minimum(observed[:, _CONFIDENCE], MAX_OBSERVATION_WEIGHT)
     return observed
+
+
+def _cloud(state: np.ndarray) -> MapCloud:
+    return MapCloud(state[:, _XYZ], _colors(state), state[:, _CONFIDENCE])
 
 
 def _colors(state: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ from stream3r_core.errors import InputError
 from stream3r_core.geometry import quat_xyzw_to_matrix, unproject_to_world
 from stream3r_core.image import ImageGeometry
 from stream3r_core.mapping import VoxelMap
+from stream3r_core.mapping.cloud import BLOCK_POINTS
 from stream3r_core.mapping.voxel_index import CELL_LIMIT
 from stream3r_core.types import FramePrediction
 
@@ -383,3 +384,31 @@ def test_readers_see_whole_frames_while_another_thread_integrates():
             assert len(cloud) == voxel_map.num_points
             assert np.ptp(cloud.colors_rgb.astype(int)) == 0
     writer.join()
+
+
+def test_a_view_reads_in_blocks_what_a_copy_holds():
+    voxel_map = VoxelMap(MappingConfig(voxel_size=1.0, max_points=3 * BLOCK_POINTS))
+    cells = np.arange(2 * BLOCK_POINTS + 5, dtype=np.float32)
+    points = np.stack([cells, cells % 7, cells % 11], 1) + 0.5
+    colors = np.random.default_rng(0).integers(0, 256, points.shape, np.uint8)
+    voxel_map.integrate_points(points, colors, 1 + cells % 5)
+    view, cloud = voxel_map.view(), voxel_map.points()
+    blocks, copied = list(view.blocks()), list(cloud.blocks())
+    assert len(view) == len(cloud) == len(cells)
+    assert [len(b) for b in blocks] == [len(b) for b in copied] == [BLOCK_POINTS] * 2 + [5]
+    for name in ('points_xyz', 'colors_rgb', 'confidence'):
+        for parts in (blocks, copied):
+            joined = np.concatenate([getattr(part, name) for part in parts])
+            np.testing.assert_array_equal(joined, getattr(cloud, name))
+
+
+def test_a_view_outlives_what_happens_to_the_map():
+    voxel_map = VoxelMap(MappingConfig(voxel_size=1.0))
+    one, other = np.full((1, 3), 0.5, np.float32), np.full((1, 3), 9.5, np.float32)
+    color, confidence = np.zeros((1, 3), np.uint8), np.ones(1, np.float32)
+    voxel_map.integrate_points(one, color, confidence)
+    view = voxel_map.view()
+    voxel_map.integrate_points(other, color, confidence)
+    voxel_map.clear()
+    (block,) = view.blocks()
+    np.testing.assert_array_equal(block.points_xyz, one)

@@ -51,6 +51,8 @@ def one_thread():
 class NodeUnderTest:
     """Starts ``stream3r node``, sends it images, and keeps every message that it publishes."""
 
+    entry = ('-m', 'stream3r_ros')  # what Python runs
+
     def __init__(self, spawn, observer, spin_until, log: Path):
         self._spawn, self._observer, self._spin_until = spawn, observer, spin_until
         self.log_file = log
@@ -79,7 +81,7 @@ class NodeUnderTest:
 
     def start_bare(self, *ros_args):
         """Start the node with these arguments only."""
-        command = ['-m', 'stream3r_ros', 'node', '--ros-args', *ros_args]
+        command = [*self.entry, 'node', '--ros-args', *ros_args]
         with self.log_file.open('w') as log:
             self.process = self._spawn(
                 *command, cwd=ROOT, stdout=log, stderr=log, env=one_thread()

@@ -1,8 +1,12 @@
 """Arrays to messages: both libraries say the same bytes, and the arrays come back out."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
+from stream3r_core.config import MappingConfig
+from stream3r_core.mapping import VoxelMap
 from stream3r_ros.bag import JAZZY
 from stream3r_ros.conversions import (
     camera_matrix,
@@ -10,7 +14,8 @@ from stream3r_ros.conversions import (
     image_from_message,
     stamp_ns,
 )
-from stream3r_ros.messages import rclpy_messages, rosbags_messages
+from stream3r_ros.messages import POINT, rclpy_messages, rosbags_messages
+from stream3r_ros.outputs import Outputs
 
 STAMP = 1_700_000_000_123_456_789
 RNG = np.random.default_rng(5)
@@ -108,3 +113,23 @@ def test_every_pose_of_a_path_keeps_its_own_stamp(messages):
     path = messages.path(poses, STAMP + 9, 'map')
     assert [stamp_ns(pose) for pose in path.poses] == [STAMP, STAMP + 1, STAMP + 2]
     assert stamp_ns(path) == STAMP + 9
+
+
+@pytest.mark.parametrize('make', [rosbags_messages, rclpy_messages])
+def test_a_map_message_is_the_only_copy_of_the_map(make):
+    count = 300_000
+    voxel_map = VoxelMap(MappingConfig(voxel_size=1.0, max_points=count))
+    cells = np.arange(count, dtype=np.float32)
+    points = np.stack([cells % 1000, cells // 1000, cells % 7], 1) + 0.5
+    voxel_map.integrate_points(points, np.zeros((count, 3), np.uint8), 1 + cells % 5)
+    outputs = Outputs(make())
+    tracemalloc.start()
+    try:
+        message = outputs.map(voxel_map.view(), stamp_ns=1)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert message.width == count and len(message.data) == 20 * count
+    assert 1 <= peak / len(message.data) < 1.5
+    x = np.frombuffer(message.data, POINT)['x']
+    assert len(np.unique(x)) == 7  # the third axis of the world lies along x of the map

@@ -1,0 +1,78 @@
+"""A GPU without room costs a session, never the map and never the node.
+
+There is no GPU here: the network raises the very exception that PyTorch raises on one.
+"""
+
+import pytest
+import torch
+
+from stream3r_core import load_model
+from stream3r_core.config import CoreConfig, SessionConfig, WeightsConfig
+from stream3r_core.pipeline import Reconstructor, load_configured_model
+
+pytestmark = pytest.mark.ros
+
+# A node whose network finds no memory when it sees its third and its fourth image.
+WITHOUT_MEMORY = """
+import sys, torch
+from stream3r_core.model.network import CausalVGGT
+from stream3r_ros.cli import main
+
+seen = 0
+stream = CausalVGGT.stream
+
+def stream_or_fail(self, *args, **kwargs):
+    global seen
+    seen += 1
+    result = stream(self, *args, **kwargs)
+    if seen in (3, 4):
+        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.\\nmore')
+    return result
+
+CausalVGGT.stream = stream_or_fail
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_out_of_memory_resets_the_session_keeps_the_map_and_is_reported(live):
+    live.entry = ('-c', WITHOUT_MEMORY)
+    live.start(**{
+        'session.mode': 'causal', 'on_failure': 'exit', 'outputs.path.max_rate_hz': 0,
+        'mapping.min_confidence': 1.0, 'outputs.map.period_s': 0.1,
+    })  # fmt: skip
+    live.connect_camera()
+    rejected = live.figure('images_dropped.rejected')
+    live.feed(0, 1)
+    live.wait_until(lambda: live.figure('images_processed') == 2)
+    assert live.figure('map_points') > 0
+    points, tokens = live.figure('map_points'), live.figure('cache_tokens')
+    for failed in (1, 2):
+        live.camera.publish(live.image(1 + failed))
+        live.wait_until(lambda n=failed: live.figure('restarts.out_of_memory') == n)
+        live.wait_until(lambda n=failed: live.figure('images_dropped.rejected') == rejected + n)
+        assert live.figure('map_points') == points and live.figure('cache_tokens') == 0
+    assert live.figure('state') == 'active'
+    assert 'out of GPU memory (CUDA out of memory. Tried to allocate 2.00 GiB.)' in live.log
+    live.feed(4, 5)
+    live.wait_until(lambda: live.figure('cache_tokens') == tokens)
+    assert live.figure('map_points') >= points
+    assert len(live.wait_for('~/path', 4)[-1].poses) == 4
+
+
+def test_a_released_session_has_no_storage_and_starts_anew():
+    model = load_model('tiny')
+    reconstructor = Reconstructor(model, CoreConfig(session=SessionConfig(mode='causal')))
+    picture = torch.rand(48, 64, 3, generator=torch.Generator().manual_seed(0))
+    first = reconstructor.process(picture)
+    assert reconstructor.session.cache.capacity_bytes > 0
+    version = reconstructor.map.version
+    reconstructor.release_session()
+    assert reconstructor.session.cache.capacity_bytes == 0
+    assert reconstructor.map.version == version
+    assert torch.equal(reconstructor.process(picture).depth, first.depth)
+
+
+def test_a_memory_limit_without_a_gpu_is_said_to_have_no_effect(caplog):
+    config = WeightsConfig(weights='random', device='cpu', max_gpu_memory=0.5)
+    load_configured_model(config)
+    assert 'model.max_gpu_memory has no effect: the network runs on cpu' in caplog.text
