@@ -2,7 +2,9 @@
 
 import dataclasses
 import logging
+import threading
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -33,6 +35,7 @@ from stream3r_ros.tracking import OK, TrackingState
 from stream3r_ros.transforms import TransformBuffer, TransformError
 
 LEAP_S = 3600.0
+CAMERA_INFO_WAIT_S = 1.0
 _log = logging.getLogger(__name__)
 
 
@@ -50,6 +53,7 @@ class LiveReconstruction:
         config: NodeConfig,
         publishers: Publishers,
         transforms: TransformBuffer,
+        is_camera_info_announced: Callable[[], bool] = lambda: False,
     ):
         self._reconstructor = Reconstructor(model, config)
         self._publishers = publishers
@@ -76,14 +80,28 @@ class LiveReconstruction:
         self._num_without_tf = self._num_without_scale = 0
         self._sigmas: Sigmas | None = None
         self._report_memory = Throttled(_log.error)
-        self.camera_info: Any = None
+        self._camera_info: Any = None
+        self._camera_info_came = threading.Event()
+        self._is_camera_info_announced = is_camera_info_announced
         self.figures = self._figures()
+
+    @property
+    def camera_info(self) -> Any:
+        """The sensor_msgs/CameraInfo that came last; None: none yet."""
+        return self._camera_info
+
+    @camera_info.setter
+    def camera_info(self, message: Any) -> None:
+        self._camera_info = message
+        self._camera_info_came.set()
 
     def process(self, message: Any, config: NodeConfig) -> None:
         """Track one sensor_msgs/Image or CompressedImage, extend the map, publish.
 
         Raises :class:`InputError` for an image that cannot be used; the session goes on.
         """
+        if self._is_new and self.camera_info is None and self._is_camera_info_announced():
+            self._camera_info_came.wait(CAMERA_INFO_WAIT_S)  # both begin at the same time
         image, K = self._calibrated(image_from_message(message))
         frame = camera_frame(message.header.frame_id, config)
         stamp = self._check_stamp(message, config)

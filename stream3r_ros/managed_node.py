@@ -246,7 +246,12 @@ class Stream3rNode(LifecycleNode):
         model = load_configured_model(options)
         took_s = time.monotonic() - start
         self.get_logger().info(f'loaded in {took_s:.1f} s: {model.weights_info}')
-        return LiveReconstruction(model, self.config, self._results, self._transforms)
+        return LiveReconstruction(
+            model, self.config, self._results, self._transforms, self._hears_of_camera_info
+        )
+
+    def _hears_of_camera_info(self) -> bool:
+        return self.count_publishers(self.resolve_topic_name('camera_info')) > 0
 
     def _wait_for(self, future: Future) -> Any:
         """Return a worker's result; raises :class:`ContextEnded`."""

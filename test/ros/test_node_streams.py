@@ -8,6 +8,7 @@ from diagnostic_msgs.msg import DiagnosticArray
 from node_harness import CAMERA_FRAME, HEIGHT, SMALL, WIDTH, picture, stamp
 from rclpy.qos import ReliabilityPolicy
 from rosgraph_msgs.msg import Clock
+from sensor_msgs.msg import CameraInfo
 from test_outputs import apply, points_of
 
 from stream3r_core.checkpoints import load_model
@@ -106,6 +107,18 @@ def test_known_intrinsics_replace_the_predicted_ones(live):
     assert info.k[4] == pytest.approx(95 * info.height / HEIGHT)
     unknown = offline(1)[0][0].camera_info()
     assert abs(unknown.k[0] - info.k[0]) > 1  # it did matter
+
+
+def test_the_first_image_waits_for_intrinsics_that_come_after_it(live, node):
+    K = np.array([[90.0, 0, 41], [0, 95, 29], [0, 0, 1]])
+    live.start()
+    infos = node.create_publisher(CameraInfo, '/camera_info', 10)
+    live.connect_camera()
+    live.wait_until(infos.get_subscription_count)
+    live.camera.publish(live.image(0))
+    infos.publish(live.messages.camera_info(K, HEIGHT, WIDTH, stamp(0), CAMERA_FRAME))
+    (info,) = live.wait_for('~/depth/camera_info', 1)
+    assert info == offline(1, K=torch.from_numpy(K))[0][0].camera_info()
 
 
 def test_images_of_a_distorting_lens_are_rectified(live):
