@@ -8,7 +8,7 @@ from torch import Tensor
 
 from stream3r_core.cache.policies import make_caches, resolve_cache_config
 from stream3r_core.config import CacheConfig, ImageConfig, SessionConfig, from_dict
-from stream3r_core.errors import ConfigError, InputError
+from stream3r_core.errors import CacheError, ConfigError, InputError
 from stream3r_core.geometry import decode_pose, invert_se3
 from stream3r_core.image import ImageGeometry, prepare
 from stream3r_core.stillness import StillnessGate
@@ -80,6 +80,7 @@ class StreamSession:
             raise ConfigError(f"outputs must hold 'depth', which every prediction has: {outputs}")
         self.outputs = (*outputs, 'points') if self.cache.needs_points else outputs
         self.num_frames = 0
+        self.is_broken = False  # the memory lacks a part of a step; only a reset helps
         self._waiting: list[_Waiting] = []
         self._size_hw: tuple[int, int] | None = None
         self._gate: StillnessGate | None = None
@@ -96,6 +97,7 @@ class StreamSession:
         """Start a new stream: the next frame becomes the anchor. Allocated memory is kept."""
         self.cache.reset()
         self.camera_cache.reset()
+        self.is_broken = False
         self.num_frames = 0
         self._waiting = []
         self._size_hw = None
@@ -112,7 +114,9 @@ class StreamSession:
         ``image``: known intrinsics, used instead of the predicted field of view.
         With a chunk size n > 1 the image waits until its chunk is full: the answer is None, or the
         list of all n predictions. :meth:`flush` ends a chunk early.
-        Raises :class:`InputError` for an unusable image; the stream goes on with the next one.
+        Raises :class:`InputError` for an unusable image; the stream goes on with the next one. Any
+        other error drops the images of the step. If it came while their memory was being stored,
+        :attr:`is_broken` is true, and every step raises :class:`CacheError` until :meth:`reset`.
         """
         self._waiting.append(self._prepared(image, stamp_ns, K))
         if len(self._waiting) < self.chunk_size:
@@ -189,8 +193,12 @@ class StreamSession:
         except BaseException:  # out of memory, interrupt: the stream stays usable
             self.cache.rollback()
             self.camera_cache.rollback()
+            if self._gate is not None:
+                self._gate.rollback()
             raise
+        self.is_broken = True  # unless all of the step gets stored
         self._commit(raw, still)
+        self.is_broken = False
         self._size_hw = tuple(frames.shape[-2:])
         self.num_frames += len(frames)
         return raw, still
@@ -211,6 +219,8 @@ class StreamSession:
 
     def _commit(self, raw: dict[str, Tensor], still: list[bool]) -> None:
         points, conf = raw.get('world_points'), raw.get('world_points_conf')
+        if self._gate is not None:
+            self._gate.commit()
         if self.cache_config is None:
             self.cache.commit(len(still))
             self.camera_cache.commit(len(still))
@@ -220,6 +230,11 @@ class StreamSession:
         self.camera_cache.commit(len(still), keep=keep)
 
     def _check_frame(self, image: Tensor) -> None:
+        if self.is_broken:
+            raise CacheError(
+                'the memory of this stream is incomplete, for a step ended while it was being '
+                'stored; call reset'
+            )
         patch = self.model.config.patch_size
         if (
             image.ndim != 3

@@ -32,6 +32,7 @@ class StillnessGate:
         self.patch_size = patch_size
         self._thumbnail: Tensor | None = None
         self._T_world_camera: Tensor | None = None
+        self._committed: tuple[Tensor | None, Tensor | None] = None, None
 
     def look(self, frame: Tensor) -> View:
         """Compare a frame [3, H, W] in [0, 1]; waits for the GPU if that is where it is."""
@@ -59,6 +60,15 @@ class StillnessGate:
         self._thumbnail = view.thumbnail
         self._T_world_camera = T_world_camera
 
+    def commit(self) -> None:
+        """End the step: what was kept stays."""
+        self._committed = self._thumbnail, self._T_world_camera
+
+    def rollback(self) -> None:
+        """Go back to the frame kept before the step, which failed."""
+        self._thumbnail, self._T_world_camera = self._committed
+
     def reset(self) -> None:
         """Forget the last kept frame."""
-        self._thumbnail = self._T_world_camera = None
+        self._committed = None, None
+        self.rollback()

@@ -55,6 +55,7 @@ class CameraCache(KVCache):
         if self.window is None and len(self.slots.slot_of) + num_frames > self.slots.capacity:
             self._grow(3 * self.slots.capacity // 2 + num_frames)
         self.slots.begin(num_frames)
+        self._written = [0] * len(self._written)
 
     def _grow(self, num_slots: int) -> None:
         added = (num_slots - self.slots.capacity) * self.updates_per_frame

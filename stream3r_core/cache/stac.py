@@ -119,7 +119,7 @@ class StacCache(KVCache):
         # The size of an update is a property of the token: it neither decays nor adds up.
         self.working.close(frames, self.config.score_decay if self.needs_column_sums else None)
         if self.needs_points:
-            self._place(opened, points, conf)
+            self._place(opened, points, conf, keep)
         self.num_frames += sum(keep)
         if self.config.query_retrieval:
             self._evict()
@@ -174,17 +174,24 @@ class StacCache(KVCache):
 
     # ---- what happens at the end of a step
 
-    def _place(self, opened: list[int], points: Tensor | None, conf: Tensor | None) -> None:
-        """Remember where the tokens of the new frames are."""
+    def _place(
+        self,
+        opened: list[int],
+        points: Tensor | None,
+        conf: Tensor | None,
+        keep: Sequence[bool],
+    ) -> None:
+        """Remember where the tokens of the new frames that are kept are."""
         if points is None or conf is None:
             raise CacheError('the spatial memory needs world points; run the point head too')
         place, sureness = token_points(
             points, conf, self.plan.layout.frame_tokens, self.num_special, self.config
         )
-        self.voxel_size.observe(place)
         for i, slot in enumerate(opened):
-            self.place[slot] = place[i]
-            self.sureness[slot] = sureness[i]
+            if keep[i]:
+                self.voxel_size.observe(place[i : i + 1])
+                self.place[slot] = place[i]
+                self.sureness[slot] = sureness[i]
 
     def _evict(self) -> None:
         """Let go what left the window; what is no heavy hitter goes into the pool."""

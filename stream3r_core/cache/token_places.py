@@ -42,23 +42,24 @@ def token_points(
 
 
 class VoxelSize:
-    """The voxel edge in scene units, a scalar on the device.
+    """The voxel edge in scene units, a scalar on the device; NaN while nothing tells it.
 
     Unless ``voxel_size`` fixes it, it is a fraction of the median depth of the first frames, until
     :meth:`freeze`: from then on voxels have names. The fraction is ``voxel_fraction``, or follows
     from the angle between neighbouring tokens, so that a voxel is a little larger than what a
-    token sees at that depth, whatever the resolution.
+    token sees at that depth, whatever the resolution. Frames without places do not count.
     """
 
     def __init__(self, config: CacheConfig, device: torch.device):
         self._config = config
-        self.edge = torch.full((), config.voxel_size, device=device)
-        self._edges = torch.zeros((), device=device)
+        self.edge, self._sum = (torch.zeros((), device=device) for _ in range(2))
+        self._num_edges = torch.zeros((), dtype=torch.int64, device=device)
+        self._is_frozen = torch.zeros((), dtype=torch.bool, device=device)
         self.reset()
 
     def observe(self, places: Tensor) -> None:
         """Take the places [n, T, 3] of the tokens of new frames, world = first camera."""
-        if self._frozen:
+        if self._config.voxel_size:
             return
         depth = places[..., 2].abs()  # [n, T]
         fraction = self._config.voxel_fraction
@@ -66,21 +67,23 @@ class VoxelSize:
             steps = (places[:, 1:] - places[:, :-1]).norm(dim=-1) / depth[:, 1:]
             fraction = TOKEN_SPACINGS * steps.nanmedian(1).values
         edges = fraction * depth.nanmedian(1).values  # [n]
-        self._edges += edges.nan_to_num(1.0).sum()
-        self._num_frames += len(places)
-        self.edge.copy_(self._edges / self._num_frames).clamp_min_(1e-9)
+        counts = edges.isfinite() & (edges > 0) & ~self._is_frozen
+        self._sum += edges.where(counts, 0.0).sum()
+        self._num_edges += counts.sum()
+        self.edge.copy_(self._sum / self._num_edges)
 
     def freeze(self) -> None:
-        """Fix the edge: tokens are about to be stored under it."""
-        self._frozen = True
+        """Fix the edge, if it is known: tokens are about to be stored under it."""
+        self._is_frozen |= self._num_edges > 0
 
     def keys(self, places: Tensor) -> Tensor:
         """Return the voxel keys [...] of places [..., 3]; NOWHERE where NaN."""
         keys = pack(cell_of(places, self.edge))
-        return keys.masked_fill(places.isnan().any(-1), NOWHERE)
+        return keys.masked_fill((places / self.edge).isnan().any(-1), NOWHERE)
 
     def reset(self) -> None:
         """Forget the scene."""
-        self._edges.zero_()
-        self._num_frames = 0
-        self._frozen = self._config.voxel_size > 0
+        self.edge.fill_(self._config.voxel_size or torch.nan)
+        self._sum.zero_()
+        self._num_edges.zero_()
+        self._is_frozen.fill_(False)

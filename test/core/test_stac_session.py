@@ -9,6 +9,9 @@ from golden_data import MODELS, SIZES, golden, golden_network, group, images
 from stac_oracle import PublishedOracle
 
 from stream3r_core.cache.base import Attended, KVCache
+from stream3r_core.cache.camera import CameraCache
+from stream3r_core.cache.token_pool import TokenPool
+from stream3r_core.cache.working import WorkingCache
 from stream3r_core.config import CacheConfig, PublishedCacheConfig
 from stream3r_core.errors import CacheError, ConfigError, InputError
 from stream3r_core.session import StreamSession
@@ -26,6 +29,7 @@ PAPER = PublishedCacheConfig(
     window=2, heavy_hitters=1, retrieved=1, camera_window=2, min_confidence=1.2, chunk_size=1,
     voxel_size=0.8,
 )  # fmt: skip
+STORES = TokenPool, WorkingCache, CameraCache
 replace = dataclasses.replace
 
 
@@ -236,8 +240,28 @@ def test_a_failed_step_changes_nothing(config, monkeypatch):
         assert torch.equal(torch.stack([g[name] for g in got]), expected[name])
 
 
-def _fail(*args):
+def _fail(*args, **kwargs):
     raise MemoryError
+
+
+@pytest.mark.parametrize('where', ['TokenPool.insert', 'WorkingCache.evict', 'CameraCache.commit'])
+def test_an_error_while_a_step_is_stored_is_said_until_reset_which_mends_it(where, monkeypatch):
+    frames = many(SIZES[0], 10)
+    config = replace(SMALL, skip_still=True)  # the test for still views starts anew, too
+    expected = stream(spatial('stream3r', config), frames)
+    session = spatial('stream3r', config)
+    stream(session, frames[:8])
+    owner, method = where.split('.')
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr({c.__name__: c for c in STORES}[owner], method, _fail)
+        session.step_tensor(frames[8])
+    for frame in frames[8:]:
+        with pytest.raises(CacheError, match='incomplete.*call reset'):
+            session.step_tensor(frame)
+    session.reset()
+    got = stream(session, frames)
+    for name in NAMES:
+        assert torch.equal(got[name], expected[name])
 
 
 def test_reset_starts_anew_in_the_same_storage():

@@ -74,6 +74,22 @@ def test_still_frames_of_a_chunk_are_dropped_one_by_one():
     assert chunked.cache.num_frames == 3
 
 
+def test_a_view_of_a_failed_step_is_not_what_the_next_ones_are_compared_with(monkeypatch):
+    frames = images(SIZES[0])[0]
+    chunked = session(chunk_size=2, max_bytes=3_000_000)
+    chunked._process(frames[:1])
+    keep = StillnessGate.keep
+
+    def keep_and_fail(self, *view):
+        keep(self, *view)
+        raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(StillnessGate, 'keep', keep_and_fail)
+        chunked._process(frames[1:3])
+    assert chunked._process(frames[1:2])[1] == [False]
+
+
 def test_still_frames_are_tracked_but_not_mapped():
     config = CoreConfig(
         session=SessionConfig(mode='stac'),
