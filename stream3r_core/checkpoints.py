@@ -106,6 +106,15 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def weights_sha256(
+    preset: str | ModelConfig | Mapping[str, Any] | None,
+    weights: str | os.PathLike | None = None,
+    revision: str | None = None,
+) -> str:
+    """Return the SHA-256 of the file that :func:`load_model` would load; '' for random weights."""
+    return '' if weights == 'random' else file_sha256(_find(preset, weights, revision)[0])
+
+
 def _random_model(config: ModelConfig | None) -> CausalVGGT:
     if config is None:
         raise ConfigError(f'random weights need a preset ({", ".join(PRESETS)}) or configuration')

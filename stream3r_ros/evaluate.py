@@ -325,7 +325,11 @@ def _run_suite(args: argparse.Namespace, config: EvaluateConfig) -> int:
     if not args.data or args.input:
         raise ConfigError('--suite needs --data ROOT and takes no other input')
     run = SuiteRun(
-        args.suite, Path(args.data), Path(args.output), _core(config), config.evaluation.icp
+        args.suite,
+        Path(args.data).resolve(),
+        Path(args.output).resolve(),
+        _core(config),
+        config.evaluation.icp,
     )
     records = run_suite(run, workers(args.workers, config), args.ray)
     for table in write_summary(run, records):
@@ -334,4 +338,4 @@ def _run_suite(args: argparse.Namespace, config: EvaluateConfig) -> int:
     for record in failures:
         print(f'not evaluated: {record["dataset"]} {record["clip"]}: {record["failure"]}')
     print(f'results in {run.output / run.name}: summary.html, summary.json')
-    return 1 if any(record['clip'] for record in failures) else 0
+    return 0 if all(record['is_absent'] for record in failures) else 1

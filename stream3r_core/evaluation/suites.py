@@ -1,8 +1,7 @@
 """Whole published protocols over their datasets, with resume and a summary beside references."""
 
-import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -17,6 +16,7 @@ from stream3r_core.evaluation.datasets import dataset
 from stream3r_core.evaluation.datasets.co3d import UNSEEN_CATEGORIES
 from stream3r_core.evaluation.datasets.frames import Clip
 from stream3r_core.evaluation.datasets.sintel import POSE_SEQUENCES
+from stream3r_core.evaluation.fingerprint import digest, files_digest, weights_digest
 from stream3r_core.evaluation.jobs import run_jobs
 from stream3r_core.evaluation.protocols import Network, Scores
 from stream3r_core.files import atomic_write
@@ -41,6 +41,15 @@ def _half_at_most(step: int, clip: Clip) -> Clip:
 
 
 @dataclass(frozen=True)
+class Selection:
+    """Clips of a part that are averaged together, and the published table of the same clips."""
+
+    title: str
+    names: tuple[str, ...] = ()  # () = all of the part
+    protocol: str = ''  # key of a reference table
+
+
+@dataclass(frozen=True)
 class Part:
     """One dataset of a suite."""
 
@@ -49,7 +58,14 @@ class Part:
     names: tuple[str, ...] = ()  # clips; () = all
     thin: Callable[[Clip], Clip] = _all_of
     options: tuple[tuple[str, float], ...] = ()  # of the protocol
-    protocol: str = ''  # key of the reference tables that may stand beside it
+    protocol: str = ''  # key of the reference table that may stand beside it
+    frames: str = 'all'  # which ones ``thin`` leaves, in the words of the reference tables
+    also: tuple[Selection, ...] = ()  # averages over some of the clips, each in its own table
+
+    @property
+    def selections(self) -> tuple[Selection, ...]:
+        """All clips together, then the further selections."""
+        return (Selection(self.dataset, self.names, self.protocol), *self.also)
 
 
 @dataclass(frozen=True)
@@ -62,9 +78,14 @@ class Suite:
     weighted: bool = False  # average by weight (valid pixels) instead of plain
 
 
-def _depth_part(name, folder, names=(), max_depth_m=None, clip_depth_m=None, protocol=''):
+def _every_part(step: int, name: str, folder: str, protocol: str) -> Part:
+    thin = partial(_every, step)
+    return Part(name, folder, thin=thin, protocol=protocol, frames=f'every {step}th')
+
+
+def _depth_part(name, folder, names=(), max_depth_m=None, clip_depth_m=None, **rest):
     options = (('max_depth_m', max_depth_m), ('clip_depth_m', clip_depth_m))
-    return Part(name, folder, names, options=options, protocol=protocol)
+    return Part(name, folder, names, options=options, **rest)
 
 
 SUITES: dict[str, Suite] = {
@@ -84,9 +105,13 @@ SUITES: dict[str, Suite] = {
         protocols.video_depth,
         (
             _depth_part(
-                'sintel', 'sintel', max_depth_m=70, clip_depth_m=70, protocol='video_depth/sintel'
+                'sintel',
+                'sintel',
+                max_depth_m=70,
+                clip_depth_m=70,
+                also=(Selection('sintel, 14 clips', POSE_SEQUENCES, 'video_depth/sintel_14'),),
             ),
-            _depth_part('bonn_110', 'bonn', BONN_SEQUENCES, 70, protocol='video_depth/bonn'),
+            _depth_part('bonn_110', 'bonn', BONN_SEQUENCES, max_depth_m=70),
             _depth_part('kitti_depth_video', 'kitti', protocol='video_depth/kitti'),
         ),
         weighted=True,
@@ -109,23 +134,21 @@ SUITES: dict[str, Suite] = {
         'sparse keyframes, 518 x 392, central crop; ICP first; plain mean over scenes',
         protocols.reconstruction,
         (
-            Part('7scenes_test', '7scenes', thin=partial(_every, 200)),
-            Part('neural_rgbd', 'neural_rgbd', thin=partial(_half_at_most, 500)),
+            Part('7scenes_test', '7scenes', thin=partial(_every, 200), frames='every 200th'),
+            Part(
+                'neural_rgbd',
+                'neural_rgbd',
+                thin=partial(_half_at_most, 500),
+                frames='every 500th, two at least',
+            ),
         ),
     ),
     'long_recon': Suite(
         'every 5th frame, 518 x 392, central crop; ICP first; plain mean over scenes',
         protocols.reconstruction,
         (
-            Part(
-                '7scenes_test', '7scenes', thin=partial(_every, 5), protocol='long_recon/7scenes'
-            ),
-            Part(
-                'neural_rgbd',
-                'neural_rgbd',
-                thin=partial(_every, 5),
-                protocol='long_recon/neural_rgbd',
-            ),
+            _every_part(5, '7scenes_test', '7scenes', 'long_recon/7scenes'),
+            _every_part(5, 'neural_rgbd', 'neural_rgbd', 'long_recon/neural_rgbd'),
         ),
     ),
 }
@@ -153,8 +176,9 @@ def run_suite(run: SuiteRun, num_workers: int | None = None, ray_address: str = 
     """Evaluate all clips that lie below ``run.data``; return one record per clip.
 
     A record stands in ``<output>/<suite>/<dataset>/<clip>.json``; one of an earlier run with the
-    same weights, options and code is kept, a failed one is tried again. A dataset that is not
-    there, or a clip that fails, is a record with its ``failure``; the others go on.
+    same weights, options, code and files of the dataset is kept, a failed one is tried again. A
+    dataset or a clip of the protocol that is not there (``is_absent``), or a clip that fails, is
+    a record with its ``failure``; the others go on.
 
     Raises:
         DataError: None of the suite's datasets is there.
@@ -186,21 +210,23 @@ def run_suite(run: SuiteRun, num_workers: int | None = None, ray_address: str = 
 
 
 def _planned(run: SuiteRun, part: Part) -> Iterator[dict]:
-    """Records to be, one per clip; one with a failure where the dataset is not there."""
-    base = {'dataset': part.dataset, 'key': _key(run, part), 'failure': ''}
+    """Records to be, one per clip; what is not there has its failure already."""
+    folder = run.data / part.folder
+    base = {'dataset': part.dataset, 'clip': '', 'failure': '', 'is_absent': False}
+    absent = base | {'is_absent': True}
     try:
-        names = dataset(part.dataset).names(run.data / part.folder)
+        names = dataset(part.dataset).names(folder)
     except DataError as error:
-        yield base | {'clip': '', 'failure': str(error)}
+        yield absent | {'failure': str(error)}
         return
+    key = _key(run, part)
     wanted = [name for name in names if _is_wanted(name, part)]
-    if not wanted:
-        listed = ', '.join(part.names[:3])
-        yield base | {
-            'clip': '',
-            'failure': f'{run.data / part.folder} has none of the clips: {listed}, ...',
-        }
-    yield from (base | {'clip': name} for name in wanted)
+    yield from (base | {'clip': name, 'key': key} for name in wanted)
+    needed = {name for selection in part.selections for name in selection.names}
+    for name in sorted(needed - set(names)):
+        yield absent | {'clip': name, 'failure': f'{folder} does not hold it'}
+    if not wanted and not needed:
+        yield absent | {'failure': f'{folder} has none of the clips of the protocol'}
 
 
 def _is_wanted(name: str, part: Part) -> bool:
@@ -210,12 +236,11 @@ def _is_wanted(name: str, part: Part) -> bool:
 
 
 def _key(run: SuiteRun, part: Part) -> str:
-    """Digest of everything that a clip's numbers depend on beside its data."""
-    weights = Path(run.config.model.weights)
-    changed = weights.stat().st_mtime_ns if weights.is_file() else None
-    facts = (run.name, part.dataset, run.icp, changed, to_dict(run.config), code_version())
-    text = json.dumps(facts, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    """Digest of everything that the numbers of a part's clips depend on."""
+    folder = (run.data / part.folder).resolve()
+    weights = weights_digest(run.config.model)
+    options = part.dataset, part.frames, part.options, run.icp, to_dict(run.config)
+    return digest(run.name, options, weights, folder, files_digest(folder), code_version())
 
 
 def _record_path(run: SuiteRun, record: dict) -> Path:
@@ -266,25 +291,27 @@ def _judge_clip(run: SuiteRun, part: Part, name: str) -> dict:
     }
 
 
-def judged(records: list[dict], dataset_name: str) -> list[dict]:
-    """Records of a dataset that have numbers."""
-    return [r for r in records if r['dataset'] == dataset_name and r.get('numbers')]
+def judged(records: list[dict], dataset_name: str, names: Collection[str] = ()) -> list[dict]:
+    """Records of a dataset, or of the clips ``names`` of it, that have numbers."""
+    own = (r for r in records if r['dataset'] == dataset_name and r.get('numbers'))
+    return [r for r in own if not names or r['clip'] in names]
 
 
 def averages(run: SuiteRun, records: list[dict]) -> dict[str, dict[str, float]]:
-    """Mean numbers of each dataset, as the suite's protocol averages them."""
+    """Mean numbers of each selection of clips, as the suite's protocol averages them."""
     chosen = suite(run.name)
     means = {}
     for part in chosen.parts:
-        good = judged(records, part.dataset)
-        if part.dataset == 'co3d':
-            good = list(_per_category(good))
-        if good:
-            weights = [r['weight'] if chosen.weighted else 1.0 for r in good]
-            means[part.dataset] = {
-                name: sum(w * r['numbers'][name] for w, r in zip(weights, good)) / sum(weights)
-                for name in good[0]['numbers']
-            }
+        for selection in part.selections:
+            good = judged(records, part.dataset, selection.names)
+            if part.dataset == 'co3d':
+                good = list(_per_category(good))
+            if good:
+                weights = [r['weight'] if chosen.weighted else 1.0 for r in good]
+                means[selection.title] = {
+                    name: sum(w * r['numbers'][name] for w, r in zip(weights, good)) / sum(weights)
+                    for name in good[0]['numbers']
+                }
     return means
 
 

@@ -10,7 +10,7 @@ import yaml
 from stream3r_core.config import to_dict
 from stream3r_core.evaluation.html import flat, number, table, write_page
 from stream3r_core.evaluation.protocols import reconstruction
-from stream3r_core.evaluation.suites import Part, SuiteRun, averages, judged, suite
+from stream3r_core.evaluation.suites import Part, Selection, SuiteRun, averages, judged, suite
 from stream3r_core.files import atomic_write
 
 REFERENCE = Path(__file__).with_name('reference.yaml')
@@ -19,13 +19,20 @@ OWN_ROW = 'this run'
 
 @dataclass(frozen=True)
 class ReferenceTable:
-    """Published rows of one protocol; None where a value was not published."""
+    """Published rows of one protocol; None where a value was not published.
+
+    ``clips`` are the sequences that the rows are averages over, None where the source does not
+    list them; ``frames`` which frames of each; ``icp`` the registration, '' where there is none.
+    """
 
     protocol: str
     title: str
     source: str
     columns: list[str]
     rows: dict[str, list[float | None]]
+    clips: list[str] | None = None
+    frames: str = 'all'
+    icp: str = ''
     note: str = ''
 
 
@@ -46,41 +53,83 @@ def reference_tables() -> list[ReferenceTable]:
 
 
 def summarise(run: SuiteRun, records: list[dict]) -> list[SummaryTable]:
-    """One table per dataset that gave numbers."""
+    """One table per selection of clips that gave numbers."""
     means = averages(run, records)
-    tables = []
-    for part in suite(run.name).parts:
-        if part.dataset in means:
-            good = judged(records, part.dataset)
-            tables.append(_table(run, part, means[part.dataset], good))
-    return tables
+    return [
+        _table(run, part, selection, means[selection.title], records)
+        for part, selection in _selections(run)
+        if selection.title in means
+    ]
 
 
-def _table(run: SuiteRun, part: Part, mean: dict[str, float], good: list[dict]) -> SummaryTable:
+def _selections(run: SuiteRun) -> list[tuple[Part, Selection]]:
+    return [(part, chosen) for part in suite(run.name).parts for chosen in part.selections]
+
+
+def _table(
+    run: SuiteRun,
+    part: Part,
+    selection: Selection,
+    mean: dict[str, float],
+    records: list[dict],
+) -> SummaryTable:
+    good = judged(records, part.dataset, selection.names)
     columns, rows = list(mean), {OWN_ROW: list(mean.values())}
-    remarks = [f'{len(good)} clips, {sum(r["frames"] for r in good)} frames']
+    wanted = f' of {len(selection.names)}' if selection.names else ''
+    frames = sum(r['frames'] for r in good)
+    remarks = [f'{len(good)}{wanted} clips, {frames} frames ({part.frames})']
     if 'NC mean' in mean:
         remarks.append(f'registration: {run.icp}')
     remarks += sorted({remark for record in good for remark in record['remarks']})
-    published = [t for t in reference_tables() if t.protocol == part.protocol]
-    for reference in published:
+    for reference in reference_tables():
+        if reference.protocol != selection.protocol or _differences(reference, run, part, good):
+            continue
         columns += [c for c in reference.columns if c not in columns]
-        remarks += [f'published rows: {reference.source}', *filter(None, [reference.note])]
+        remarks += _told(reference)
         for name, values in reference.rows.items():
             known = dict(zip(reference.columns, values))
             rows[name] = [known.get(column) for column in columns]
     rows[OWN_ROW] += [None] * (len(columns) - len(rows[OWN_ROW]))
-    return SummaryTable(part.dataset, columns, rows, remarks)
+    return SummaryTable(selection.title, columns, rows, remarks)
 
 
-def other_protocols(run: SuiteRun) -> list[SummaryTable]:
-    """Published rows of the suite's datasets under other protocols, without a row of the run."""
+def _differences(
+    reference: ReferenceTable, run: SuiteRun, part: Part, good: list[dict]
+) -> list[str]:
+    """What keeps published rows from standing beside a run."""
+    differences = []
+    if reference.clips is None:
+        differences.append('the source does not list its clips')
+    elif set(reference.clips) != (here := {r['clip'] for r in good}):
+        common = len(here.intersection(reference.clips))
+        differences.append(
+            f'its {len(reference.clips)} clips are not the {len(here)} judged here '
+            f'({common} in common)'
+        )
+    if reference.frames != part.frames:
+        differences.append(f'its frames are {reference.frames}, here {part.frames}')
+    if reference.icp and reference.icp != run.icp:
+        differences.append(f'its registration is {reference.icp}, here {run.icp}')
+    return differences
+
+
+def _told(reference: ReferenceTable) -> list[str]:
+    return [f'published rows: {reference.source}', *filter(None, [reference.note])]
+
+
+def other_protocols(run: SuiteRun, records: list[dict]) -> list[SummaryTable]:
+    """Published rows of the suite's datasets that the run does not share the protocol of."""
+    tables = []
     prefixes = tuple(f'other/{part.folder}' for part in suite(run.name).parts)
-    return [
-        SummaryTable(t.title, t.columns, t.rows, [f'published rows: {t.source}'])
-        for t in reference_tables()
-        if suite(run.name).judge is reconstruction and t.protocol.startswith(prefixes)
-    ]
+    for reference in reference_tables():
+        if suite(run.name).judge is reconstruction and reference.protocol.startswith(prefixes):
+            tables.append((reference, []))
+        for part, selection in _selections(run):
+            if reference.protocol == selection.protocol:
+                good = judged(records, part.dataset, selection.names)
+                if why := _differences(reference, run, part, good):
+                    tables.append((reference, why))
+    return [SummaryTable(t.title, t.columns, t.rows, [*_told(t), *why]) for t, why in tables]
 
 
 def write_summary(run: SuiteRun, records: list[dict]) -> list[SummaryTable]:
@@ -101,7 +150,7 @@ def write_summary(run: SuiteRun, records: list[dict]) -> list[SummaryTable]:
         file.write(json.dumps(content, indent=1).encode())
     body = [f'<h1>{escape(run.name)}</h1><p>{escape(suite(run.name).description)}</p>']
     body += map(_html_table, tables)
-    if others := other_protocols(run):
+    if others := other_protocols(run, records):
         body.append('<h1>Other protocols: not comparable with this run</h1>')
         body += map(_html_table, others)
     if failures:

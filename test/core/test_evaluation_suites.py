@@ -1,6 +1,10 @@
 """Suites: whole protocols over miniature datasets, resumed, with one failure stopping none."""
 
+import dataclasses
 import json
+import os
+import shutil
+from pathlib import Path
 
 import dataset_miniatures as miniatures
 import pytest
@@ -8,10 +12,13 @@ from oracle import CONFIG
 
 from stream3r_core.config import from_dict, to_dict
 from stream3r_core.errors import ConfigError, DataError
-from stream3r_core.evaluation import suites
+from stream3r_core.evaluation import suites, summary
+from stream3r_core.evaluation.datasets.sintel import POSE_SEQUENCES
+from stream3r_core.evaluation.fingerprint import weights_digest
 from stream3r_core.evaluation.suites import SUITES, SuiteRun, averages, run_suite, suite
 from stream3r_core.evaluation.summary import (
     OWN_ROW,
+    ReferenceTable,
     as_text,
     other_protocols,
     reference_tables,
@@ -49,8 +56,11 @@ def test_a_suite_runs_what_is_there_and_names_what_is_not(data, tmp_path):
         ('bonn_110', 'rgbd_bonn_crowd2'),
         ('sintel', 'alley_2'),
     }
-    missing = {r['dataset']: r['failure'] for r in records if r['failure']}
-    assert set(missing) == {'kitti_depth', 'nyu'} and 'not a folder' in missing['nyu']
+    absent = {(r['dataset'], r['clip']): r['failure'] for r in records if r['is_absent']}
+    datasets = {('kitti_depth', ''), ('nyu', '')}
+    names = {('bonn_110', f'rgbd_bonn_{n}') for n in ('crowd3', 'person_tracking2', 'synchronous')}
+    assert set(absent) == datasets | names
+    assert 'not a folder' in absent['nyu', ''] and all(absent.values())
     assert all(set(r['numbers']) == {'AbsRel', 'δ < 1.25'} for r in records if not r['failure'])
 
 
@@ -65,6 +75,37 @@ def test_a_rerun_resumes_and_other_options_start_anew(data, tmp_path, monkeypatc
     assert run_suite(other, num_workers=0)[0]['key'] != first[0]['key']
     monkeypatch.setattr(suites, 'code_version', lambda: '2')
     assert run_suite(run, num_workers=0)[0]['key'] != first[0]['key']
+
+
+def test_what_the_numbers_depend_on_is_in_the_key(data, tmp_path, monkeypatch):
+    def keys(run, **changes):
+        planned = list(suites._planned(run, dataclasses.replace(part, **changes)))
+        return {record['key'] for record in planned if not record['is_absent']}
+
+    part = next(p for p in SUITES['mono_depth'].parts if p.dataset == 'bonn_110')
+    run = run_of('mono_depth', data, tmp_path)
+    first = keys(run)
+    assert first == keys(run) and len(first) == 1
+    assert keys(run, options=(('max_depth_m', 10), ('clip_depth_m', None))) != first
+    shutil.copytree(data, tmp_path / 'copy')
+    assert keys(dataclasses.replace(run, data=tmp_path / 'copy')) != first
+    monkeypatch.chdir(tmp_path)
+    assert keys(dataclasses.replace(run, data=Path('data'))) == first
+    image = next((data / 'bonn').rglob('*.png'))
+    os.utime(image, ns=(0, 0))
+    assert keys(run) != first
+
+
+def test_other_weights_under_the_same_name_are_another_key(data, tmp_path):
+    weights = tmp_path / 'mine.safetensors'
+    config = from_dict(type(CAUSAL), {**to_dict(CAUSAL), 'model': {'weights': str(weights)}})
+    keys = set()
+    for content in (b'one', b'two'):
+        weights.write_bytes(content)
+        weights_digest.cache_clear()
+        run = run_of('mono_depth', data, tmp_path, config)
+        keys.add(suites._key(run, SUITES['mono_depth'].parts[0]))
+    assert len(keys) == 2
 
 
 def test_one_broken_clip_stops_no_other_and_is_tried_again(data, tmp_path):
@@ -119,7 +160,7 @@ def test_depth_is_averaged_over_pixels_and_poses_over_clips(tmp_path):
     def records(name):
         return [
             {'dataset': 'sintel', 'clip': c, 'failure': '', 'weight': w, 'numbers': {name: v}}
-            for c, w, v in (('a', 300, 0.1), ('b', 100, 0.5))
+            for c, w, v in (('alley_2', 300, 0.1), ('cave_2', 100, 0.5))
         ]
 
     depth = averages(run_of('mono_depth', tmp_path, tmp_path), records('AbsRel'))
@@ -148,32 +189,65 @@ def test_no_dataset_at_all_and_unknown_suites_are_refused(tmp_path):
         suite('stereo')
 
 
-def own_records(dataset, numbers):
-    return [
-        {
-            **{'dataset': dataset, 'clip': 'a', 'failure': '', 'weight': 1.0, 'frames': 7},
-            **{'numbers': numbers, 'remarks': ['a remark'], 'conditions': {'device': 'cpu'}},
-        }
-    ]
+def own_records(dataset, numbers, clips=('a',)):
+    common = {'dataset': dataset, 'failure': '', 'weight': 1.0, 'frames': 7, 'numbers': numbers}
+    told = {'remarks': ['a remark'], 'conditions': {'device': 'cpu'}}
+    return [common | told | {'clip': clip} for clip in clips]
 
 
 def test_published_rows_stand_beside_the_run_only_under_the_same_protocol(tmp_path):
-    numbers = {'Acc mean (m)': 0.5, 'Acc median (m)': 0.4, 'NC mean': 0.6}
-    records = own_records('7scenes_test', numbers)
-    (own,) = summarise(run_of('long_recon', tmp_path, tmp_path), records)
-    assert own.rows[OWN_ROW][:3] == [0.5, 0.4, 0.6]
-    assert own.rows['STream3R with STAC'][own.columns.index('NC mean')] == 0.606
+    run = run_of('camera_pose', tmp_path, tmp_path)
+    records = own_records('sintel', {'ATE RMSE (m)': 0.5}, POSE_SEQUENCES)
+    (own,) = summarise(run, records)
+    assert own.rows[OWN_ROW] == [0.5, None]
+    assert own.rows['STream3R with STAC'] == [None, 1.486]
     assert any('second-hand' in remark for remark in own.remarks)
-    assert any('registration' in remark for remark in own.remarks)
-    (sparse,) = summarise(run_of('mv_recon', tmp_path, tmp_path), records)
-    assert list(sparse.rows) == [OWN_ROW]
-    others = other_protocols(run_of('mv_recon', tmp_path, tmp_path))
-    assert others and all(OWN_ROW not in entry.rows for entry in others)
+    assert not any('Sintel' in entry.title for entry in other_protocols(run, records))
+    (fewer,) = summarise(run, records[1:])
+    assert list(fewer.rows) == [OWN_ROW] and '13 of 14 clips' in fewer.remarks[0]
+    (apart,) = (t for t in other_protocols(run, records[1:]) if 'Sintel' in t.title)
+    assert 'its 14 clips are not the 13 judged here' in apart.remarks[-1]
+
+
+def test_sintel_video_depth_is_also_averaged_over_the_14_published_clips(tmp_path):
+    run = run_of('video_depth', tmp_path, tmp_path)
+    records = own_records('sintel', {'AbsRel, scale': 0.2}, POSE_SEQUENCES)
+    records += own_records('sintel', {'AbsRel, scale': 0.8}, ('bamboo_1',))
+    every, published = summarise(run, records)
+    assert list(every.rows) == [OWN_ROW] and every.rows[OWN_ROW] == [pytest.approx(0.24)]
+    assert published.rows[OWN_ROW][0] == pytest.approx(0.2)
+    assert published.rows['STream3R with STAC'][0] == 0.259
+
+
+@pytest.mark.parametrize(
+    'changed, reason',
+    [
+        ({}, ''),
+        ({'clips': None}, 'does not list its clips'),
+        ({'clips': ['a', 'b']}, '2 clips are not the 1 judged here'),
+        ({'frames': 'every 2nd'}, 'frames are every 2nd, here every 5th'),
+        ({'icp': 'point_to_plane'}, 'registration is point_to_plane, here point_to_point'),
+    ],
+)
+def test_other_clips_frames_or_registration_put_published_rows_apart(
+    tmp_path, monkeypatch, changed, reason
+):
+    same = {'clips': ['a'], 'frames': 'every 5th', 'icp': 'point_to_point'}
+    name, source = 'long_recon/7scenes', 'somebody'
+    entry = ReferenceTable(name, 'Title', source, ['NC mean'], {'row': [1]}, **same | changed)
+    monkeypatch.setattr(summary, 'reference_tables', lambda: [entry])
+    run = run_of('long_recon', tmp_path, tmp_path)
+    records = own_records('7scenes_test', {'NC mean': 0.6})
+    (own,) = summarise(run, records)
+    apart = other_protocols(run, records)
+    assert ('row' in own.rows) == (not reason) and len(apart) == bool(reason)
+    assert not reason or any(reason in remark for remark in apart[0].remarks)
 
 
 def test_every_published_table_states_its_source_and_has_full_rows():
     tables = reference_tables()
-    protocols = {p.protocol for s in SUITES.values() for p in s.parts if p.protocol}
+    selections = [c for s in SUITES.values() for part in s.parts for c in part.selections]
+    protocols = {chosen.protocol for chosen in selections if chosen.protocol}
     assert len({t.protocol for t in tables}) == len(tables)
     for entry in tables:
         assert entry.source and entry.title and entry.rows
@@ -188,8 +262,9 @@ def test_the_summary_is_written_as_json_page_and_text(data, tmp_path):
     content = json.loads((tmp_path / 'out/camera_pose/summary.json').read_text())
     assert set(content['averages']) == {'sintel', 'scannet_90'}
     assert content['conditions']['weights']['source'] == 'random'
-    assert [f[0] for f in content['failures']] == ['tum_90']
+    assert {f[0] for f in content['failures']} == {'tum_90', 'sintel'}
     page = (tmp_path / 'out/camera_pose/summary.html').read_text()
-    assert 'STream3R, full cache' in page and 'Failed or missing' in page
+    _, _, apart = page.partition('Other protocols')
+    assert 'STream3R, full cache' in apart and 'Failed or missing' in page
     text = as_text(tables[0])
     assert text.splitlines()[0].startswith('sintel') and OWN_ROW in text

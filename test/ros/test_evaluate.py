@@ -248,7 +248,7 @@ def test_a_suite_prints_its_tables(tmp_path, capsys):
     arguments = ('--suite', 'camera_pose', '--data', tmp_path / 'data', '--workers', '0')
     evaluated(tmp_path / 'out', *arguments)
     printed = capsys.readouterr().out
-    assert 'this run' in printed and 'STream3R, full cache' in printed
+    assert 'this run' in printed and '1 of 14 clips' in printed
     summary = json.loads((tmp_path / 'out/camera_pose/summary.json').read_text())
     assert summary['config']['session']['mode'] == 'causal'
 
