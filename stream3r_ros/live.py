@@ -23,6 +23,7 @@ from stream3r_ros.odometry import Sigmas
 from stream3r_ros.publishers import Publishers
 from stream3r_ros.recorder import PoseRecorder, Snapshot
 from stream3r_ros.scale import BaselineScale, DepthScale, ScaleTracker
+from stream3r_ros.stamps import StampOrder
 from stream3r_ros.tf import (
     Carrier,
     T_map_of_first_camera,
@@ -34,7 +35,6 @@ from stream3r_ros.tf import (
 from stream3r_ros.tracking import OK, TrackingState
 from stream3r_ros.transforms import TransformBuffer, TransformError
 
-LEAP_S = 3600.0
 CAMERA_INFO_WAIT_S = 1.0
 _log = logging.getLogger(__name__)
 
@@ -62,8 +62,7 @@ class LiveReconstruction:
         self._recorder = PoseRecorder(config.save_map.max_poses)
         self._calibrate = Calibrator(config.rectify)
         self._device = next(model.parameters()).device
-        self._last_stamp_ns: int | None = None
-        self._leapt_to_ns: int | None = None  # a stamp too far off to be believed on its own
+        self._stamps = StampOrder()
         self._map_stamp_ns: int | None = None
         self._published_version = self._reconstructor.map.version, 1.0
         self._sent_scale, self._sent_version = 1.0, -1  # of the map, on ~/map_changes
@@ -110,7 +109,8 @@ class LiveReconstruction:
             self._orient_map(frame, stamp, config)
         self._reconstructor.map.config = config.mapping
         predictions = self._predictions(image, stamp, K)
-        self._last_stamp_ns, self._size_hw, self._is_new = stamp, image.shape[:2], False
+        self._stamps.note(stamp)
+        self._size_hw, self._is_new = image.shape[:2], False
         for prediction in predictions:  # none, or a whole chunk (cache.chunk_size)
             self._map_stamp_ns = prediction.stamp_ns
             self._find_scale(prediction, frame, config)
@@ -195,7 +195,8 @@ class LiveReconstruction:
         self._scale.reset()
         self._baseline.reset()
         self._trusted_pose = self._size_hw = None
-        self._last_stamp_ns, self._is_new = None, True
+        self._stamps.reset()
+        self._is_new = True
         self.figures = self._figures()
 
     def snapshot(self) -> Snapshot:
@@ -274,34 +275,16 @@ class LiveReconstruction:
             raise InputError(
                 f'the image has no stamp ({stamp} ns); does the camera driver set it?'
             )
-        if self._last_stamp_ns is None:
-            return stamp
-        ahead_s = (stamp - self._last_stamp_ns) / 1e9
-        self._refuse_lone_leap(stamp, ahead_s)
-        if ahead_s > 0:
+        ahead_s = self._stamps.check(stamp, config.backward_jump_s)
+        if ahead_s >= 0:
             self._note_gap(ahead_s, config)
             return stamp
-        if ahead_s == 0:
-            raise InputError(f'the image has the stamp of the one before it ({stamp} ns)')
-        if -ahead_s < config.backward_jump_s:
-            raise InputError(f'the image is {-ahead_s:.3f} s older than the one before')
         _log.warning(
             'time jumped back by %.3f s: a new session starts, with an empty map', -ahead_s
         )
         self._restarts['time'] += 1
         self.restart()
         return stamp
-
-    def _refuse_lone_leap(self, stamp: int, ahead_s: float) -> None:
-        """Raise InputError for a leap in time that no second image confirms: a corrupt stamp."""
-        before, self._leapt_to_ns = self._leapt_to_ns, None
-        is_confirmed = before is not None and 0 < (stamp - before) / 1e9 < LEAP_S
-        if abs(ahead_s) > LEAP_S and not is_confirmed:
-            self._leapt_to_ns = stamp
-            raise InputError(
-                f'the stamp is {abs(ahead_s):.0f} s {"after" if ahead_s > 0 else "before"} the '
-                'last one, which a second image would have to confirm'
-            )
 
     def _note_gap(self, gap_s: float, config: NodeConfig) -> None:
         if config.max_gap_s and gap_s > config.max_gap_s:

@@ -39,6 +39,7 @@ from stream3r_ros.sources import (
     file_source,
     is_one_bag,
 )
+from stream3r_ros.stamps import StampOrder
 from stream3r_ros.tf import camera_frame, check_frames
 
 CONFIG, SUMMARY = 'config.yaml', 'summary.json'
@@ -182,7 +183,7 @@ def _usable_frames(
     loaders, config: NodeConfig, report: Report, is_interrupted: Callable[[], bool]
 ) -> Iterator[Frame]:
     """Yield the images that can be loaded and are newer than the one before."""
-    last_ns = None
+    stamps = StampOrder()
     for load in loaders:
         if is_interrupted():
             report.interrupted = True
@@ -191,26 +192,24 @@ def _usable_frames(
         try:
             frame = load()
             frame = frame._replace(frame_id=camera_frame(frame.frame_id, config))
-            _check_order(frame.stamp_ns, last_ns, config)
+            _check_order(frame.stamp_ns, stamps, config)
         except InputError as error:
             report.refuse(error)
             continue
-        last_ns = frame.stamp_ns
+        stamps.note(frame.stamp_ns)
         yield frame
 
 
-def _check_order(stamp_ns: int, last_ns: int | None, config: NodeConfig) -> None:
+def _check_order(stamp_ns: int, stamps: StampOrder, config: NodeConfig) -> None:
     """Refuse what the node refuses; where the node would start anew, end the replay."""
     if stamp_ns < 0:
         raise InputError(f'the image has a negative stamp ({stamp_ns} ns)')
-    if last_ns is None or stamp_ns > last_ns:
+    ahead_s = stamps.check(stamp_ns, config.backward_jump_s)
+    if ahead_s >= 0:
         return
-    late_s = (last_ns - stamp_ns) / 1e9
-    if late_s == 0 or late_s < config.backward_jump_s:
-        raise InputError(f'the image is {late_s:.3f} s older than the one before')
     raise DataError(
-        f'time jumps back by {late_s:.3f} s, from {last_ns} to {stamp_ns} ns: the input holds '
-        'several recordings; replay them one by one. The results end before the jump'
+        f'time jumps back by {-ahead_s:.3f} s, from {stamps.last_ns} to {stamp_ns} ns: the input '
+        'holds several recordings; replay them one by one. The results end before the jump'
     )
 
 
