@@ -2,7 +2,7 @@
 
 It shares every module with the fast path and does what one writes first: the cache is concatenated
 anew for every frame and layer, the outputs of all layers are kept, both dense heads run, all in
-float32. Attention is PyTorch's own fused one, as in the fast path.
+float32 and in PyTorch's default layout. Attention is PyTorch's own fused one, as in the fast path.
 
 Run:  python benchmarks/naive.py --size 64x48 --frames 100 --output naive.json
 
@@ -13,9 +13,11 @@ is the figure to read there.
 import argparse
 import json
 import time
+from functools import partial
 
 import numpy as np
 import torch
+from torch import nn
 
 from stream3r_core import load_model
 from stream3r_core.attention import attend
@@ -111,40 +113,84 @@ class NaiveSession:
         return outputs
 
 
+class Int8Linear(nn.Module):
+    """A linear layer with int8 weights; activations are quantised as they come (CPU only)."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.weight = torch.empty(0)  # its type is that of the input
+        self.inner = torch.ao.quantization.quantize_dynamic(
+            nn.Sequential(linear), {nn.Linear}, dtype=torch.qint8
+        )
+
+    def forward(self, x):
+        """Map [..., in] to [..., out]."""
+        return self.inner(x)
+
+
+def with_int8_weights(model):
+    """Replace the linear layers of the frame and global blocks, in place."""
+    for block in (*model.aggregator.frame_blocks, *model.aggregator.global_blocks):
+        for owner in (block.attn, block.mlp):
+            for name, layer in list(owner.named_children()):
+                if isinstance(layer, nn.Linear):
+                    setattr(owner, name, Int8Linear(layer))
+    return model
+
+
 def measured(sessions, images, num_frames, repeats, last):
-    """Median seconds (wall, processor) of the last frames of streams whose frames take turns."""
-    samples = {name: [] for name in sessions}
+    """Median seconds of the last frames of streams whose frames take turns, and what they say."""
+    samples, answers = {name: [] for name in sessions}, {}
     for _ in range(repeats):
         for session in sessions.values():
             session.reset()
         for index in range(num_frames):
             for name, session in sessions.items():
                 start, processor = time.perf_counter(), time.process_time()
-                session.step_tensor(images[index % len(images)])
+                answers[name] = session.step_tensor(images[index % len(images)])
                 if session.model.device.type == 'cuda':
                     torch.cuda.synchronize()
                 took = time.perf_counter() - start, time.process_time() - processor
                 if index >= num_frames - last:
                     samples[name].append(took)
-    return {
+    rows = {
         name: dict(zip(('wall_s', 'processor_s'), np.median(taken, 0).tolist()))
         for name, taken in samples.items()
     }
+    for name, row in rows.items():
+        row |= differences(answers[name], answers['naive'])
+        row['times_faster'] = rows['naive']['wall_s'] / row['wall_s']
+        row['times_less_processor'] = rows['naive']['processor_s'] / row['processor_s']
+    return rows
 
 
-def variants(args, models):
+def differences(answer, expected):
+    """How far the last frame is from that of the baseline."""
+    depth, true_depth = answer['depth'], expected['depth']
+    return {
+        'depth_mean_relative': float(((depth - true_depth).abs() / true_depth).mean()),
+        'pose_max': float((answer['pose_enc'] - expected['pose_enc']).abs().max()),
+    }
+
+
+def variants(args, load):
     """Return (name, session): the baseline, then the fast path with one step more each."""
-    naive = models['float32']
-    window = args.window if args.mode == 'window' else None
+    plain = load(torch.float32).to(memory_format=torch.contiguous_format)
+    fast = load(torch.float32)
     common = {'mode': args.mode, 'window': args.window}
     if args.mode == 'causal':
         common['max_frames'] = args.frames
-    yield 'naive', NaiveSession(naive, window)
-    yield 'in place, used taps only', StreamSession(naive, **common)
-    yield 'and no point head', StreamSession(naive, outputs=('depth',), **common)
-    if 'bfloat16' in models:
-        yield 'and bfloat16', StreamSession(models['bfloat16'], outputs=('depth',), **common)
-        yield 'bfloat16, both heads', StreamSession(models['bfloat16'], **common)
+    one = {'outputs': ('depth',), **common}
+    yield 'naive', NaiveSession(plain, args.window if args.mode == 'window' else None)
+    yield 'in place, used taps only', StreamSession(plain, **common)
+    yield '+ channels-last heads', StreamSession(fast, **common)
+    yield '+ no point head (default)', StreamSession(fast, **one)
+    yield '+ bfloat16', StreamSession(load(torch.bfloat16), **one)
+    if args.device == 'cpu' and hasattr(torch, 'ao'):
+        yield (
+            '+ int8 weights instead',
+            StreamSession(with_int8_weights(load(torch.float32)), **one),
+        )
 
 
 def main():
@@ -162,29 +208,21 @@ def main():
     parser.add_argument('--output', required=True)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    models = {
-        name: load_model(args.preset, args.weights, args.device, getattr(torch, name))
-        for name in ('float32', 'bfloat16')
-    }
     width, height = map(int, args.size.split('x'))
     images = [
         torch.from_numpy(image.copy()).permute(2, 0, 1).float() / 255
         for image in camera_images(Plan(height, width))
     ]
-    sessions = dict(variants(args, models))
+    sessions = dict(variants(args, partial(load_model, args.preset, args.weights, args.device)))
     rows = measured(sessions, images, args.frames, args.repeats, args.last)
-    for row in rows.values():
-        row |= {
-            'times_faster': rows['naive']['wall_s'] / row['wall_s'],
-            'times_less_processor': rows['naive']['processor_s'] / row['processor_s'],
-        }
     for name, row in rows.items():
         print(
-            f'{name:28} {1e3 * row["wall_s"]:8.1f} ms {row["times_faster"]:5.2f}x   processor '
-            f'{1e3 * row["processor_s"]:8.1f} ms {row["times_less_processor"]:5.2f}x'
+            f'{name:26} {1e3 * row["wall_s"]:7.1f} ms {row["times_faster"]:5.2f}x  processor '
+            f'{1e3 * row["processor_s"]:7.1f} ms {row["times_less_processor"]:5.2f}x  off by '
+            f'depth {row["depth_mean_relative"]:.1e}, pose {row["pose_max"]:.1e}'
         )
     with open(args.output, 'w', encoding='utf-8') as file:
-        facts = {'conditions': conditions(models['float32']), 'options': vars(args)}
+        facts = {'conditions': conditions(sessions['naive'].model), 'options': vars(args)}
         json.dump(facts | {'variants': rows}, file, indent=2)
 
 

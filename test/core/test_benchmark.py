@@ -141,3 +141,33 @@ def test_operations_of_the_full_size_are_those_of_the_cost_model():
     counted = count_operations(PRESETS['stream3r'], 392, 518)
     assert counted.flop(0) == pytest.approx(2660.27e9, rel=1e-5)
     assert counted.flop(1041) == pytest.approx(2766.80e9, rel=1e-5)
+
+
+def room_images():
+    return [
+        torch.from_numpy(view.copy()).permute(2, 0, 1).float() / 255
+        for view in camera_images(Plan(height=48, width=64))[:8]
+    ]
+
+
+def test_bfloat16_products_stay_close_to_float32_and_the_heads_are_float32(model):
+    narrow = load_model('tiny', dtype=torch.bfloat16)
+    for head in (narrow.camera_head, narrow.depth_head, narrow.point_head):
+        assert {parameter.dtype for parameter in head.parameters()} == {torch.float32}
+    wide, session = (StreamSession(m, mode='window') for m in (model, narrow))
+    for image in room_images():
+        expected, found = wide.step_tensor(image), session.step_tensor(image)
+        relative = (found['depth'] - expected['depth']).abs() / expected['depth']
+        assert 0 < relative.mean() < 5e-3 and relative.quantile(0.99) < 3e-2
+        assert (found['pose_enc'] - expected['pose_enc']).abs().max() < 1e-2
+        assert all(value.dtype == torch.float32 for value in found.values())
+
+
+def test_a_loaded_network_convolves_channels_last_and_says_the_same(model):
+    plain = load_model('tiny').to(memory_format=torch.contiguous_format)
+    for head in (model.depth_head, model.point_head):
+        weight = head.scratch.output_conv1.weight
+        assert weight.is_contiguous(memory_format=torch.channels_last)
+    sessions = [StreamSession(m, mode='causal') for m in (model, plain)]
+    for image in room_images()[:3]:
+        assert_same(*(session.step_tensor(image) for session in sessions), 1e-5)
