@@ -90,10 +90,8 @@ class Reconstructor:
 
     def release_session(self) -> None:
         """Give the memory of the session back; an empty one, as after a reset, takes its place."""
-        model = self.session.model
-        self.session = make_session(model, self.config)  # allocates with its first image
-        if model.device.type == 'cuda':
-            torch.cuda.empty_cache()
+        self.session = make_session(self.session.model, self.config)  # allocates when it is fed
+        free_gpu_memory(self.session.model.device)
 
 
 def make_session(model, config: CoreConfig) -> StreamSession:
@@ -149,6 +147,12 @@ def load_configured_model(config: WeightsConfig):
 
 def _first_line(error: BaseException) -> str:
     return str(error).partition('\n')[0]
+
+
+def free_gpu_memory(device: torch.device) -> None:
+    """Give memory that PyTorch keeps for later back to the GPU, for others to use."""
+    if device.type == 'cuda':
+        torch.cuda.empty_cache()
 
 
 def limit_gpu_memory(fraction: float, device: torch.device) -> None:

@@ -18,7 +18,7 @@ from stream3r_core.backend.restart import RestartPolicy
 from stream3r_core.backend.worker import BackendWorker
 from stream3r_core.config import CoreConfig, MappingConfig
 from stream3r_core.errors import ConfigError, InputError
-from stream3r_core.pipeline import Reconstructor, make_session
+from stream3r_core.pipeline import Reconstructor, free_gpu_memory, make_session
 from stream3r_core.types import FramePrediction
 
 
@@ -155,6 +155,12 @@ class SubmapReconstructor:
     def restart_at(self, T_world_camera: torch.Tensor) -> None:
         """Start a new submap; where it lies follows from the motion so far, and from revisits."""
         self._restart()
+
+    def release_session(self) -> None:
+        """Give the memory of the session back; the next image begins a new submap."""
+        self.session = make_session(self.session.model, self.config)  # allocates when it is fed
+        self._restart()
+        free_gpu_memory(self.session.model.device)
 
     def flush(self) -> list[FramePrediction]:
         """Wait until the back end has done all there is to do; no prediction waits."""

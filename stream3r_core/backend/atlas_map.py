@@ -33,6 +33,10 @@ class AtlasMap:
         """Return a copy of all points."""
         return self._atlas.cloud()
 
+    def view(self) -> MapCloud:
+        """Return all points for reading in blocks; a copy, as they had to be moved."""
+        return self.points()
+
     def changed_since(self, version: int) -> MapChange:
         """Return what changed after ``version``; see :meth:`VoxelMap.changed_since`.
 

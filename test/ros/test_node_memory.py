@@ -3,14 +3,18 @@
 There is no GPU here: the network raises the very exception that PyTorch raises on one.
 """
 
+import dataclasses
+
 import pytest
 import torch
 
 from stream3r_core import load_model
 from stream3r_core.config import CoreConfig, SessionConfig, WeightsConfig
-from stream3r_core.pipeline import Reconstructor, load_configured_model
+from stream3r_core.pipeline import load_configured_model
+from stream3r_core.slam import make_reconstructor
 
 pytestmark = pytest.mark.ros
+BACKEND = CoreConfig().backend
 
 # A node whose network finds no memory when it sees its third and its fourth image.
 WITHOUT_MEMORY = """
@@ -59,17 +63,21 @@ def test_out_of_memory_resets_the_session_keeps_the_map_and_is_reported(live):
     assert len(live.wait_for('~/path', 4)[-1].poses) == 4
 
 
-def test_a_released_session_has_no_storage_and_starts_anew():
-    model = load_model('tiny')
-    reconstructor = Reconstructor(model, CoreConfig(session=SessionConfig(mode='causal')))
-    picture = torch.rand(48, 64, 3, generator=torch.Generator().manual_seed(0))
-    first = reconstructor.process(picture)
+@pytest.mark.parametrize('kind', ['none', 'submaps'])
+def test_a_released_session_has_no_storage_starts_anew_and_leaves_the_map(kind):
+    config = CoreConfig(
+        session=SessionConfig(mode='causal'), backend=dataclasses.replace(BACKEND, kind=kind)
+    )
+    reconstructor = make_reconstructor(load_model('tiny'), config)
+    picture = torch.rand(48, 64, 3, generator=torch.Generator().manual_seed(0)).numpy()
+    (first,) = reconstructor.feed(picture, 1)
     assert reconstructor.session.cache.capacity_bytes > 0
-    version = reconstructor.map.version
+    version, count = reconstructor.map.version, len(reconstructor.map.view())
     reconstructor.release_session()
     assert reconstructor.session.cache.capacity_bytes == 0
-    assert reconstructor.map.version == version
-    assert torch.equal(reconstructor.process(picture).depth, first.depth)
+    assert (reconstructor.map.version, len(reconstructor.map.view())) == (version, count)
+    (second,) = reconstructor.feed(picture, 2)
+    assert torch.equal(second.depth_conf, first.depth_conf)
 
 
 def test_a_memory_limit_without_a_gpu_is_said_to_have_no_effect(caplog):
