@@ -10,11 +10,12 @@ from stream3r_core.errors import ConfigError, DataError
 from stream3r_core.evaluation.compare import COMPARISON_HTML, COMPARISON_JSON, compare
 from stream3r_core.evaluation.html import number
 from stream3r_core.evaluation.jobs import run_jobs
-from stream3r_ros.evaluate import (
+from stream3r_ros.evaluation_tasks import (
     EvaluateConfig,
     Task,
     add_recording_arguments,
     evaluate_task,
+    open_clip,
     tasks_from_args,
 )
 from stream3r_ros.options import (
@@ -49,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command and return its exit code."""
     tasks = _variants(args)
+    open_clip(next(iter(tasks.values())))  # what cannot be read is said before a folder is made
     folder = output_folder(
         args.output, (*tasks, COMPARISON_JSON, COMPARISON_HTML), args.overwrite, args.input[:1]
     )
@@ -84,7 +86,7 @@ def _variants(args: argparse.Namespace) -> dict[str, Task]:
         found = tasks_from_args(own, config)
         if len(found) > 1:
             raise ConfigError(f'compare takes one input, got {len(found)}; choose one --clip')
-        tasks[name] = dataclasses.replace(found[0], folder=Path(args.output) / name)
+        tasks[name] = dataclasses.replace(found[0], folder=Path(args.output).absolute() / name)
     if len(tasks) < 2:
         raise ConfigError('a comparison needs two or more --variant')
     return tasks

@@ -19,9 +19,9 @@ def digest(*facts: Any) -> str:
 
 
 def files_digest(path: str | Path) -> str:
-    """Return a digest of the names, sizes and times of change of a file, or of all in a folder."""
+    """Digest of name, size and time of change of a file, or of all in a folder; '': neither."""
     path = Path(path)
-    return digest(sorted(_facts(path))) if path.exists() else ''
+    return digest(sorted(_facts(path))) if path.is_file() or path.is_dir() else ''
 
 
 @lru_cache

@@ -89,6 +89,8 @@ def _ended(report: Report) -> str:
 def _group(report: Report, group: str) -> str:
     metrics = [m for m in report.metrics if m.group == group]
     skipped = [s.reason for s in report.skipped if s.group == group]
+    if not metrics and not skipped:
+        return ''
     parts = [f'<h2>{group.capitalize()}</h2>']
     parts += [f'<p class="skipped">Skipped: {escape(reason)}</p>' for reason in skipped]
     for truth in dict.fromkeys(m.truth for m in metrics):

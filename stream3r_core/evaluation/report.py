@@ -10,7 +10,7 @@ from stream3r_core.errors import DataError, MissingDependencyError
 from stream3r_core.files import atomic_write
 
 FORMAT = 1  # of report.json
-GROUPS = ('trajectory', 'depth', 'map', 'speed')
+GROUPS = ('trajectory', 'depth', 'map', 'speed', 'exports')
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Skipped:
 
     group: str
     reason: str
+    package: str = ''  # that is missing; '' = none
 
 
 @dataclass
@@ -65,7 +66,8 @@ class Report:
         try:
             yield
         except (DataError, MissingDependencyError) as error:
-            self.skipped.append(Skipped(group, str(error)))
+            package = getattr(error.__cause__, 'name', None) or ''  # of an ImportError
+            self.skipped.append(Skipped(group, str(error), package))
 
     def write(self, path: Path) -> None:
         """Write report.json in one step."""

@@ -1,8 +1,10 @@
 """Evaluate one input: run it through the pipeline, compare with its truth, write the results."""
 
+import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +16,7 @@ import yaml
 from tqdm import tqdm
 
 from stream3r_core.config import to_dict
-from stream3r_core.errors import DataError, InputError, MissingDependencyError, OutputError
+from stream3r_core.errors import DataError, InputError, OutputError, Stream3rError
 from stream3r_core.evaluation import pictures
 from stream3r_core.evaluation.conditions import conditions
 from stream3r_core.evaluation.config import EvaluationConfig
@@ -80,12 +82,11 @@ def evaluate(
     the reader of the report where the input came from. ``observe`` is shown every prediction.
 
     Raises:
-        DataError: No frame could be used.
+        DataError: No frame could be used; no file of the run stays then.
         OutputError: The folder cannot be written.
 
     """
     config = config or EvaluationConfig()
-    folder = _make_folder(Path(folder))
     report = Report(
         clip.name,
         conditions(pipeline.model),
@@ -93,6 +94,15 @@ def evaluate(
         dict(source),
         remarks=list(clip.remarks),
     )
+    folder = _make_folder(Path(folder))
+    with removed_on_failure(folder, FILES):
+        _evaluate(clip, pipeline, folder, config, report, is_interrupted, more_truths, observe)
+    return report
+
+
+def _evaluate(
+    clip, pipeline, folder, config, report, is_interrupted, more_truths, observe
+) -> None:
     _write_yaml(folder / CONFIG, report.config)
     pipeline.reset()
     with TumWriter(folder / TRAJECTORY) as writer:
@@ -112,7 +122,19 @@ def evaluate(
     figures = _judge(report, truths, estimate, cloud, collected, config)
     report.write(folder / REPORT_JSON)
     write_html(folder / REPORT_HTML, report, figures)
-    return report
+
+
+@contextmanager
+def removed_on_failure(folder: Path, names: Collection[str]) -> Iterator[None]:
+    """Let a run that fails take these files with it, and the folder if nothing else is in it."""
+    try:
+        yield
+    except Stream3rError:
+        with suppress(OSError):  # the folder is not empty, or the disk fails: the reason counts
+            for path in (folder / name for name in names):
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            folder.rmdir()
+        raise
 
 
 def _make_folder(folder: Path) -> Path:
@@ -161,7 +183,7 @@ def _run(clip, pipeline, config, report, writer, is_interrupted, observe) -> _Co
 
 
 def _export(folder: Path, config: EvaluationConfig, cameras, cloud, report: Report) -> None:
-    """Write the further files that were asked for; a missing package is a remark."""
+    """Write the further files that were asked for, but for those of a missing package."""
     writers = {
         'pcd': lambda: save_pcd(cloud, folder / 'map.pcd'),
         'colmap': lambda: write_colmap(folder / 'colmap', cameras, cloud),
@@ -169,10 +191,8 @@ def _export(folder: Path, config: EvaluationConfig, cameras, cloud, report: Repo
         'rrd': lambda: write_rerun(folder / 'run.rrd', cameras, cloud),
     }
     for name in config.exports:
-        try:
+        with report.skipping('exports'):
             writers[name]()
-        except MissingDependencyError as error:
-            report.remarks.append(f'no {name} file: {error}')
 
 
 @dataclass

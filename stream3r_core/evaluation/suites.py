@@ -172,13 +172,15 @@ def suite(name: str) -> Suite:
     return SUITES[name]
 
 
-def run_suite(run: SuiteRun, num_workers: int | None = None, ray_address: str = '') -> list[dict]:
+def run_suite(
+    run: SuiteRun, num_workers: int | None = None, ray_address: str = '', resume: bool = True
+) -> list[dict]:
     """Evaluate all clips that lie below ``run.data``; return one record per clip.
 
     A record stands in ``<output>/<suite>/<dataset>/<clip>.json``; one of an earlier run with the
-    same weights, options, code and files of the dataset is kept, a failed one is tried again. A
-    dataset or a clip of the protocol that is not there (``is_absent``), or a clip that fails, is
-    a record with its ``failure``; the others go on.
+    same weights, options, code and files of the dataset is kept if ``resume``, a failed one is
+    tried again. A dataset or a clip of the protocol that is not there (``is_absent``), or a clip
+    that fails, is a record with its ``failure``; the others go on.
 
     Raises:
         DataError: None of the suite's datasets is there.
@@ -189,7 +191,7 @@ def run_suite(run: SuiteRun, num_workers: int | None = None, ray_address: str = 
     for part in suite(run.name).parts:
         for record in _planned(run, part):
             path = _record_path(run, record)
-            done = record if record['failure'] else _stored(path, record)
+            done = record if record['failure'] else resume and _stored(path, record)
             if done:
                 records.append(done)
             else:

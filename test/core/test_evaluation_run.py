@@ -197,6 +197,7 @@ def test_nothing_usable_and_no_place_to_write_are_refused(clip, tmp_path):
     frames = tuple(dataclasses.replace(f, load_image=broken) for f in clip.frames)
     with pytest.raises(DataError, match='none of the images'):
         evaluate(Clip('broken', frames), Oracle(clip), tmp_path / 'a')
+    assert not (tmp_path / 'a').exists()
     (tmp_path / 'file').write_text('')
     with pytest.raises(OutputError, match='cannot write'):
         evaluate(clip, Oracle(clip), tmp_path / 'file')

@@ -1,6 +1,9 @@
 """stream3r evaluate and compare: truth found in bags and folders, many inputs, suites."""
 
+import argparse
+import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from recordings import (
     MESSAGES,
     SMALL,
     picture,
+    rgb,
     stamp,
     true_pose,
     true_tf,
@@ -23,16 +27,21 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / 'core'))
 import dataset_miniatures as miniatures
 
 from stream3r_core.errors import DataError
-from stream3r_core.evaluation.report import read_report
+from stream3r_core.evaluation.report import Skipped, read_report
 from stream3r_core.evaluation.trajectory import ate
 from stream3r_core.evaluation.trajectory_files import read_trajectory
+from stream3r_ros import evaluate, evaluation_tasks
+from stream3r_ros.bag import BagWriter
 from stream3r_ros.calibration import Calibrator
 from stream3r_ros.cli import main
 from stream3r_ros.clips import bag_clip
+from stream3r_ros.evaluation_tasks import EvaluateConfig, evaluate_task, is_done, tasks_from_args
+from stream3r_ros.options import config_from_args
 
 K = np.array([[40.0, 0, 39.5], [0, 40.0, 29.5], [0, 0, 1]])
 DEPTH_FRAME = 'depth_optical'
 QUICK = (*SMALL, '--set', 'evaluation.pictures=false', '--set', 'evaluation.icp=none')
+SUITE = ('--suite', 'mono_depth', '--data', '{data}')
 
 
 def depth_map(index):
@@ -67,8 +76,8 @@ def bag(tmp_path):
     return write_images(tmp_path / 'bag', extra=extra)
 
 
-def evaluated(output, *arguments, code=0):
-    words = ['evaluate', *map(str, arguments), '--output', str(output), *QUICK]
+def evaluated(output, *words, arguments=QUICK, code=0):
+    words = ['evaluate', *map(str, words), '--output', str(output), *arguments]
     assert main(words) == code
     return output / 'report.json'
 
@@ -227,26 +236,80 @@ def test_photos_are_reconstructed_together(tmp_path):
     assert report.config['session']['mode'] == 'full' and report.num_frames == 3
 
 
-def test_one_broken_input_stops_no_other_and_a_rerun_resumes(bag, tmp_path, capsys):
+def test_one_broken_input_stops_no_other_and_a_rerun_resumes(bag, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluation_tasks, 'code_version', lambda: '1')  # no commit in between
     (tmp_path / 'empty').mkdir()
     miniatures.folder(tmp_path / 'data')
-    inputs = (bag, tmp_path / 'empty', tmp_path / 'data', '--workers', '2')
+    inputs = (bag, tmp_path / 'empty', tmp_path / 'data', '--workers', '0')
     evaluated(tmp_path / 'out', *inputs, code=1)
     printed = capsys.readouterr().out
     assert 'FAILED empty' in printed and '2 of 3 inputs' in printed
     reports = [tmp_path / 'out' / name / 'report.json' for name in ('bag', 'data')]
     before = [path.stat().st_mtime_ns for path in reports]
     evaluated(tmp_path / 'out', *inputs, code=1)
-    done_again = [path.stat().st_mtime_ns for path in reports]
-    resumed = 'bag: done before' in capsys.readouterr().out
-    # Another commit between the two runs would be a reason to run again.
-    assert not resumed or done_again == before
+    assert [path.stat().st_mtime_ns for path in reports] == before
+    printed = capsys.readouterr().out
+    assert 'bag: done before' in printed and 'data: done before' in printed
+    os.utime(bag / 'bag.mcap', ns=(0, 0))
+    evaluated(tmp_path / 'out', *inputs, code=1)
+    changed = [path.stat().st_mtime_ns != then for path, then in zip(reports, before)]
+    assert changed == [True, False]
+
+
+def task_of(bag, tmp_path, *arguments):
+    """The task of a command line over one bag."""
+    parser = argparse.ArgumentParser()
+    evaluate.add_arguments(parser)
+    words = [str(bag), '--output', str(tmp_path / 'out'), *QUICK, *arguments]
+    args = parser.parse_args(words)
+    (task,) = tasks_from_args(args, config_from_args(args, None, EvaluateConfig))
+    return dataclasses.replace(task, bag=args.bag)
+
+
+@pytest.fixture
+def done_task(bag, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation_tasks, 'code_version', lambda: '1')
+    (tmp_path / 'truth.txt').write_text(f'{stamp(0) / 1e9:.9f} 0 0 0 0 0 0 1')
+    task = task_of(bag, tmp_path)
+    evaluate_task(task)
+    return task
+
+
+def test_what_is_done_is_told_by_all_that_the_numbers_depend_on(
+    bag, tmp_path, monkeypatch, done_task
+):
+    assert is_done(done_task) and is_done(task_of(bag, tmp_path))
+    for words in (
+        ['--bag'],
+        ['--depth', 'none'],
+        ['--ground-truth', '/tf'],
+        ['--ground-truth', str(tmp_path / 'truth.txt')],
+        ['--set', 'camera_frame=other'],  # of the node
+        ['--set', 'evaluation.depth_strips=1'],
+        ['--set', 'session.window=3'],
+    ):
+        assert not is_done(task_of(bag, tmp_path, *words)), words
+    assert not is_done(dataclasses.replace(done_task, rate_hz=7.0))
+    monkeypatch.setattr(evaluation_tasks, 'weights_digest', lambda config: 'other')
+    assert not is_done(done_task)
+    monkeypatch.undo()
+    monkeypatch.setattr(evaluation_tasks, 'code_version', lambda: '2')
+    assert not is_done(done_task)
+
+
+def test_what_a_package_was_missing_for_is_done_again_once_it_is_there(done_task):
+    path = done_task.folder / 'report.json'
+    report = read_report(path)
+    for package, is_there in (('no_such_package', False), ('json', True)):
+        report.skipped = [Skipped('map', 'it is missing', package)]
+        report.write(path)
+        assert is_done(done_task) != is_there
 
 
 def test_a_suite_prints_its_tables(tmp_path, capsys):
     miniatures.sintel(tmp_path / 'data/sintel')
-    arguments = ('--suite', 'camera_pose', '--data', tmp_path / 'data', '--workers', '0')
-    evaluated(tmp_path / 'out', *arguments)
+    names = ('--suite', 'camera_pose', '--data', tmp_path / 'data', '--workers', '0')
+    evaluated(tmp_path / 'out', *names, arguments=SMALL)
     printed = capsys.readouterr().out
     assert 'this run' in printed and '1 of 14 clips' in printed
     summary = json.loads((tmp_path / 'out/camera_pose/summary.json').read_text())
@@ -277,14 +340,62 @@ def test_variants_are_compared(bag, tmp_path, capsys):
         (['{data}', '--set', 'evaluation.icp=fast'], 'point_to_point'),
         (['{data}', '--set', 'evaluation.depth_alignments=[affine]'], 'affine'),
         (['{data}/nowhere'], 'no such file'),
+        (['{empty}'], 'no image'),
+        (['{data}', '--image-topic', '/camera'], '--image-topic is for an input that is a bag'),
+        (['{photo}', '--depth', '/nonexistent'], '--depth is for'),
+        (['{data}', '--depth', '/nonexistent'], 'named like the images'),
+        (['{photo}', '--clip', 'one'], '--clip is for'),
+        (['{photo}', '--image-topic', '/camera'], '--image-topic is for'),
+        (['{bag}', '--rate', '10'], '--rate is for'),
+        (['{data}', '--rate', '0'], 'must be positive'),
+        (['{data}', '--dataset', 'folder', '--depth', 'none'], '--depth is for'),
+        (['{data}', '--dataset', 'folder', '--rate', '10'], '--rate is for'),
+        (['{data}', '--dataset', 'folder', '--image-topic', '/a'], '--image-topic is for'),
+        (['{bag}', '--ground-truth', 'none', '--ground-truth', '/tf'], 'no other'),
+        (['{bag}', '--data', '{data}'], '--suite'),
+        (['{bag}', '--workers', '2'], 'several inputs'),
+        (['{bag}', '--ray', 'auto'], 'several inputs'),
+        ([*SUITE, '--bag'], '--bag says nothing'),
+        ([*SUITE, '--ground-truth', 'none'], '--ground-truth says nothing'),
+        ([*SUITE, '--rate', '10'], '--rate says nothing'),
+        ([*SUITE, '--depth', 'none'], '--depth says nothing'),
+        ([*SUITE, '--clip', 'one'], '--clip says nothing'),
+        ([*SUITE, '--dataset', 'tum'], '--dataset says nothing'),
+        ([*SUITE, '--image-topic', '/a'], '--image-topic says nothing'),
+        ([*SUITE, '--set', 'evaluation.exports=[glb]'], 'evaluation.exports says nothing'),
     ],
 )
-def test_what_cannot_be_evaluated_is_said_in_one_line(bag, tmp_path, capsys, arguments, message):
+def test_what_cannot_be_evaluated_is_said_in_one_line_and_leaves_nothing(
+    bag, tmp_path, capsys, arguments, message
+):
     miniatures.folder(tmp_path / 'data')
-    words = [a.format(bag=bag, data=tmp_path / 'data') for a in arguments]
+    (tmp_path / 'empty').mkdir()
+    photo = next((tmp_path / 'data/color').iterdir())
+    named = {'bag': bag, 'data': tmp_path / 'data', 'empty': tmp_path / 'empty', 'photo': photo}
+    words = [a.format(**named) for a in arguments]
     code = main(['evaluate', *QUICK, '--output', str(tmp_path / 'out'), *words])
     errors = [e for e in capsys.readouterr().err.splitlines() if e.startswith('stream3r: error:')]
     assert code == 1 and len(errors) == 1 and message in errors[0]
+    assert not (tmp_path / 'out').exists()
+
+
+def test_a_run_without_a_usable_image_leaves_nothing(tmp_path):
+    odd = rgb(0)
+    odd.encoding = 'no_such_encoding'
+    with BagWriter(tmp_path / 'bag') as bag:
+        bag.write('/camera/image_raw', odd, stamp(0))
+    for words in ([], ['--bag']):
+        evaluated(tmp_path / 'out', tmp_path / 'bag', *words, code=1)
+        assert not (tmp_path / 'out').exists()
+
+
+def test_the_rate_of_a_folder_is_that_of_its_images(tmp_path):
+    miniatures.folder(tmp_path / 'data')
+    for path in sorted((tmp_path / 'data').glob('*.txt')):
+        path.unlink()
+    evaluated(tmp_path / 'out', tmp_path / 'data', '--rate', '4', '--depth', 'none')
+    stamps_ns = read_trajectory(tmp_path / 'out/trajectory.tum').stamps_ns
+    assert set(np.diff(stamps_ns)) == {250_000_000}
 
 
 def test_earlier_results_are_not_replaced_unasked(bag, tmp_path, capsys):

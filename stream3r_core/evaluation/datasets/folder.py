@@ -22,7 +22,7 @@ from stream3r_core.evaluation.datasets.files import (
     stamp_in_name,
 )
 from stream3r_core.evaluation.datasets.frames import (
-    MADE_UP_STAMPS,
+    MADE_UP_RATE_HZ,
     Clip,
     Dataset,
     made_up_stamps,
@@ -46,13 +46,14 @@ def read(
     name: str = '.',
     groundtruth: str | Path | None = None,
     depth_folder: str | Path | None = None,
+    rate_hz: float = MADE_UP_RATE_HZ,
 ) -> Clip:
     """Read a folder; ``groundtruth`` and ``depth_folder`` replace what lies beside the images.
 
-    ``depth_folder`` 'none': no depth.
+    ``depth_folder`` 'none': no depth. ``rate_hz`` is that of images that have no stamps.
     """
     folder = Path(root) / name
-    images, stamps, depths, remarks = _listed(folder)
+    images, stamps, depths, remarks = _listed(folder, rate_hz)
     if depth_folder == 'none':
         depths = [None] * len(images)
     elif depth_folder is not None or not any(depths):
@@ -82,7 +83,7 @@ def _photos(folder: Path) -> list[Path]:
     return []
 
 
-def _listed(folder: Path):
+def _listed(folder: Path, rate_hz: float):
     """Images, stamps [N], depth files (or None) and remarks."""
     listing = next((folder / name for name in LISTS if (folder / name).exists()), None)
     if listing is None:
@@ -90,9 +91,11 @@ def _listed(folder: Path):
         if not images:
             raise DataError(f'{folder} holds no image; expected {LAYOUT}')
         named = [stamp_in_name(image) for image in images]
-        remarks = (MADE_UP_STAMPS,) if None in named else ()
-        stamps = made_up_stamps(len(images)) if None in named else named
-        return images, np.array(stamps), [None] * len(images), remarks
+        if None not in named:
+            return images, np.array(named), [None] * len(images), ()
+        stamps = np.array(made_up_stamps(len(images), rate_hz))
+        remark = f'the images have no stamps; {rate_hz:g} Hz is assumed'
+        return images, stamps, [None] * len(images), (remark,)
     stamps, columns = read_stamped_list(listing)
     if any(len(c) not in (1, 3) for c in columns):
         raise DataError(f'{listing}: expected lines "stamp_s image" or "... stamp_s depth"')

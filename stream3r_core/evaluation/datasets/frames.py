@@ -139,14 +139,14 @@ def resized_K(K: np.ndarray, size_hw: tuple[int, int], new_size_hw: tuple[int, i
     return resized
 
 
-def made_up_stamps(number: int) -> list[int]:
-    """Stamps at 30 Hz for datasets that have none."""
-    return [made_up_stamp(index) for index in range(number)]
+def made_up_stamps(number: int, rate_hz: float = MADE_UP_RATE_HZ) -> list[int]:
+    """Stamps for datasets that have none."""
+    return [made_up_stamp(index, rate_hz) for index in range(number)]
 
 
-def made_up_stamp(index: int) -> int:
+def made_up_stamp(index: int, rate_hz: float = MADE_UP_RATE_HZ) -> int:
     """Stamp of a frame of a dataset that has none."""
-    return MADE_UP_START_NS + round(index * 1e9 / MADE_UP_RATE_HZ)
+    return MADE_UP_START_NS + round(index * 1e9 / rate_hz)
 
 
 def pose_at(truth: Trajectory | None, stamp_ns: int) -> np.ndarray | None:
