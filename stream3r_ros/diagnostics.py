@@ -53,6 +53,7 @@ class NodeStatus:
     state: str  # 'unconfigured', 'inactive', 'active', 'paused', 'failed'
     frames: FrameFigures
     drops: Mapping[str, int] = field(default_factory=dict)  # reason -> images
+    num_lost: int = 0  # images that were sent and have not arrived
     reconstruction: ReconstructionFigures = field(default_factory=ReconstructionFigures)
     has_camera_info: bool = False
     problem: str = ''  # what is wrong and what to do, if anything
@@ -73,6 +74,8 @@ class NodeStatus:
             f'{frames.num_processed} processed',
             f'{sum(self.drops.values())} dropped{_listed(self.drops)}',
         ]
+        if self.num_lost:
+            parts.append(f'{self.num_lost} lost on the way')
         if frames.num_processed:
             parts.append(
                 f'latency {frames.latency_p50_ms:.0f} ms (p95 {frames.latency_p95_ms:.0f} ms)'
@@ -101,6 +104,7 @@ class NodeStatus:
             'images_processed': str(frames.num_processed),
             'images_dropped': str(sum(self.drops.values())),
             **{f'images_dropped.{reason}': str(n) for reason, n in sorted(self.drops.items())},
+            'images_lost': str(self.num_lost),
             'camera_info': 'received' if self.has_camera_info else 'none',
             'cache_tokens': str(made.cache_tokens),
             'cache_bytes': str(made.cache_bytes),

@@ -24,6 +24,11 @@ from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from std_srvs.srv import Trigger
 from tf2_msgs.msg import TFMessage
 
+try:
+    from rclpy.event_handler import SubscriptionEventCallbacks
+except ImportError:  # Humble
+    from rclpy.qos_event import SubscriptionEventCallbacks
+
 from stream3r_core.errors import InputError, Stream3rError
 from stream3r_core.pipeline import load_configured_model
 from stream3r_ros.config import NodeConfig
@@ -81,6 +86,7 @@ class Stream3rNode(LifecycleNode):
         self._state, self._is_paused = 'unconfigured', False
         self._statistics = FrameStatistics(self.config.status.latency_window)
         self._refused: Counter[str] = Counter()
+        self._num_lost = 0  # images that DDS has not delivered
         self._last_rejection: tuple[float, str] = (-WARNING_PERIOD_S, '')
         self._results = Publishers(self, self.config)
         self._transforms = TransformBuffer()
@@ -126,13 +132,17 @@ class Stream3rNode(LifecycleNode):
             kind = CompressedImage
             if not self._image_topic.endswith('/compressed'):
                 self._image_topic += '/compressed'  # where image_transport publishes it
-        self._subscribe_to(kind, self._image_topic, self._on_image)
+        losses = SubscriptionEventCallbacks(message_lost=self._on_images_lost)
+        self._subscribe_to(kind, self._image_topic, self._on_image, event_callbacks=losses)
         self._subscribe_to(CameraInfo, 'camera_info', self._on_camera_info)
 
-    def _subscribe_to(self, kind: type, topic: str, callback: Callable[[Any], None]) -> None:
+    def _subscribe_to(
+        self, kind: type, topic: str, callback: Callable[[Any], None], **options: Any
+    ) -> None:
         overridable = QoSOverridingOptions.with_default_policies()
+        qos = SENSOR_DATA.for_rclpy()
         self.create_subscription(
-            kind, topic, callback, SENSOR_DATA.for_rclpy(), qos_overriding_options=overridable
+            kind, topic, callback, qos, qos_overriding_options=overridable, **options
         )
 
     def _listen_to_depth(self) -> None:
@@ -271,6 +281,10 @@ class Stream3rNode(LifecycleNode):
         else:
             self._inference.offer(Incoming(message, arrival))
 
+    def _on_images_lost(self, event: Any) -> None:
+        self._num_lost += event.total_count_change
+        self._warn(f'{self._num_lost} images were lost on the way: see the troubleshooting of DDS')
+
     def _on_camera_info(self, message: CameraInfo) -> None:
         if self._live is not None:
             self._live.camera_info = message
@@ -402,6 +416,7 @@ class Stream3rNode(LifecycleNode):
         return NodeStatus(
             state='failed' if failed else self._activity(),
             frames=frames,
+            num_lost=self._num_lost,
             drops=self._refused + Counter(worker.drops if worker else {}),
             reconstruction=live.figures if live else ReconstructionFigures(),
             has_camera_info=live is not None and live.camera_info is not None,

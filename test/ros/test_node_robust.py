@@ -1,6 +1,7 @@
 """What goes wrong is said, counted and survived: bad messages, time jumps, failures."""
 
 import array
+import os
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from node_harness import CAMERA_FRAME, matrix, picture, stamp
 
 from stream3r_core.evaluation.trajectory_files import read_trajectory
 from stream3r_core.mapping import load_ply
+from stream3r_ros.environment import PROFILE_VARIABLES
 from stream3r_ros.tf import T_BODY_OPTICAL
 
 pytestmark = pytest.mark.ros
@@ -264,3 +266,23 @@ def test_save_map_that_cannot_write_says_so_and_the_node_goes_on(live, tmp_path)
     answer = live.call('save_map')
     assert not answer.success and str(tmp_path / 'file') in answer.message
     live.feed(1)
+
+
+LOSSY_CAMERA = """
+import os, rclpy, time
+from rclpy.qos import qos_profile_sensor_data
+from sensor_msgs.msg import Image
+rclpy.init()
+camera = rclpy.create_node('camera').create_publisher(Image, '/image', qos_profile_sensor_data)
+while True:
+    camera.publish(Image(data=bytes(3_000_000)))
+    time.sleep(0.05)
+"""
+
+
+def test_images_that_are_lost_on_the_way_are_counted_and_said(live, spawn):
+    live.start()
+    environ = {k: v for k, v in os.environ.items() if k not in PROFILE_VARIABLES}
+    spawn('-c', LOSSY_CAMERA, env=environ)  # with the defaults of DDS
+    live.wait_until(lambda: live.figure('images_lost'))
+    assert 'images were lost on the way' in live.log
