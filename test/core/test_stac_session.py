@@ -256,7 +256,7 @@ def test_an_error_while_a_step_is_stored_is_said_until_reset_which_mends_it(wher
         patch.setattr({c.__name__: c for c in STORES}[owner], method, _fail)
         session.step_tensor(frames[8])
     for frame in frames[8:]:
-        with pytest.raises(CacheError, match='incomplete.*call reset'):
+        with pytest.raises(CacheError, match=r'incomplete.*call reset'):
             session.step_tensor(frame)
     session.reset()
     got = stream(session, frames)
