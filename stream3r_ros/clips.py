@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 
 from stream3r_core.errors import DataError, InputError
+from stream3r_core.evaluation.config import MAX_GAP_S
 from stream3r_core.evaluation.datasets.frames import Clip, Frame, pose_at, resized_K
 from stream3r_core.evaluation.registration import register_depth
 from stream3r_core.evaluation.trajectory import Trajectory
@@ -23,7 +24,7 @@ from stream3r_ros.conversions import (
     image_from_message,
     stamp_ns,
 )
-from stream3r_ros.ground_truth import bag_truth, static_transform
+from stream3r_ros.ground_truth import BagTruth, at_camera, bag_truth, read_body, static_transform
 from stream3r_ros.sources import Source
 from stream3r_ros.tf import camera_frame
 
@@ -55,6 +56,8 @@ def bag_clip(
     truth: Trajectory | str | None = '',
     config: NodeConfig | None = None,
     rectify: str = 'never',
+    body: str = '',
+    truth_gap_s: float = MAX_GAP_S,
 ) -> Clip:
     """Return the images of a bag with depth and true poses.
 
@@ -62,6 +65,7 @@ def bag_clip(
     of the bag, '' to look for one, None for none. Depth of another camera is projected into that
     of the images where /tf_static and both camera_info topics allow it. ``rectify`` 'auto' removes
     the distortion that the camera_info of the images tells of, from them and from their depth.
+    ``body`` says what the true poses are those of: a frame, or a file of T_body_camera.
 
     Raises:
         DataError: The bag, or a topic that was named, is not usable.
@@ -74,15 +78,32 @@ def bag_clip(
         depth, remarks = None, []
         if depth_topic != 'none':
             depth, remarks = _find_depth(bag, depth_topic, view, calibrate)
+        T_body_camera = _body_pose(bag, body, view.frame_id) if body else None
         if isinstance(truth, str):
             frame_id = camera_frame(view.frame_id, config or NodeConfig())
-            truth, doubts = bag_truth(bag, truth, frame_id, stamps)
-            remarks += doubts
+            found = bag_truth(bag, truth, frame_id, stamps, T_body_camera, truth_gap_s)
+        else:
+            found = BagTruth(None) if truth is None else at_camera(truth, T_body_camera)
+        truth = found.trajectory
+        remarks += found.remarks
     if calibrate is not None:
         remarks.append(f'images are rectified as {view.info.distortion_model} lenses need it')
     frames = BagFrames(Path(path), images, len(stamps), view, truth, depth, calibrate)
     name = f'{Path(path).name} {images.name}'
     return Clip(name, frames, truth, tuple(remarks), view.frame_id)
+
+
+def _body_pose(bag: BagReader, body: str, frame_id: str) -> np.ndarray:
+    """T_body_camera [4, 4] of a file or of a frame of the bag."""
+    if Path(body).is_file():
+        return read_body(body)
+    T_body_camera = static_transform(bag, body, frame_id)
+    if T_body_camera is None:
+        raise DataError(
+            f'--ground-truth-body {body!r} is no file, and /tf_static does not connect it with '
+            f'the frame of the images, {frame_id!r}'
+        )
+    return T_body_camera
 
 
 def _rectification(view: _View, rectify: str) -> tuple[Calibrator | None, _View]:

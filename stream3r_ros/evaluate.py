@@ -88,7 +88,8 @@ def _check_arguments(args: argparse.Namespace, config: EvaluateConfig) -> None:
         return
     if not args.data or args.input:
         raise ConfigError('--suite needs --data ROOT and takes no other input')
-    for name in ('image_topic', 'ground_truth', 'depth', 'dataset', 'clip', 'rate', 'bag'):
+    names = ('image_topic', 'ground_truth', 'ground_truth_body', 'depth', 'dataset', 'clip')
+    for name in (*names, 'rate', 'bag'):
         if getattr(args, name) not in ('', None, False, []):
             option = '--' + name.replace('_', '-')
             raise ConfigError(f'{option} says nothing to a --suite, which is a whole protocol')

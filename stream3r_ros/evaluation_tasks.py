@@ -27,6 +27,7 @@ from stream3r_core.pipeline import load_configured_model
 from stream3r_ros.bag import is_bag
 from stream3r_ros.clips import SourceFrames, bag_clip
 from stream3r_ros.config import NodeConfig
+from stream3r_ros.ground_truth import at_camera, read_body
 from stream3r_ros.options import output_folder
 from stream3r_ros.results import BAG, RunBag
 from stream3r_ros.sources import DEFAULT_RATE_HZ, FILES_FRAME, are_photos, file_source
@@ -43,6 +44,7 @@ MEANING = {  # of options: the kinds of input that they say something about
     'image_topic': ('bag',),
     'depth': ('bag', 'folder'),
     'rate': ('folder', 'photos'),
+    'ground_truth_body': ('bag', 'folder', 'photos', 'video'),
     'clip': ('dataset',),
 }
 
@@ -66,6 +68,7 @@ class Task:
     image_topic: str = ''
     depth: str = ''
     ground_truth: tuple[str, ...] = ()
+    ground_truth_body: str = ''
     rate_hz: float = DEFAULT_RATE_HZ
     bag: bool = False  # write one
 
@@ -79,6 +82,13 @@ def add_recording_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar='FILE|TOPIC|none',
         help='true trajectory; repeat it to compare with several; default: what the input has',
+    )
+    parser.add_argument(
+        '--ground-truth-body',
+        default='',
+        metavar='FILE|FRAME',
+        help='what the true poses are those of: a text file with the 4x4 matrix T_body_camera, or '
+        'a frame that /tf_static of the bag connects with the camera; default: the camera',
     )
     parser.add_argument(
         '--depth',
@@ -143,6 +153,7 @@ def tasks_from_args(args: argparse.Namespace, config: EvaluateConfig) -> list[Ta
         'image_topic': args.image_topic,
         'depth': _absolute(args.depth),
         'ground_truth': tuple(map(_absolute, args.ground_truth)),
+        'ground_truth_body': _absolute(args.ground_truth_body),
         'rate_hz': args.rate or DEFAULT_RATE_HZ,
     }
     inputs, output = [os.path.abspath(text) for text in args.input], Path(args.output).absolute()
@@ -187,10 +198,19 @@ def open_clip(task: Task) -> tuple[Clip, list[Trajectory]]:
     for name in wanted:
         if not Path(name).is_file():
             raise DataError(f'--ground-truth {name} is no file')
+    if task.ground_truth_body and not Path(task.ground_truth_body).is_file():
+        raise DataError(f'--ground-truth-body {task.ground_truth_body} is no file')
     clip = _open_files(task, path)
-    if not task.ground_truth:
-        return clip, []
-    first, *more = [read_trajectory(name) for name in wanted] or [None]
+    if task.dataset and not wanted:
+        return clip.with_truth(None) if task.ground_truth else clip, []
+    T_body_camera = read_body(task.ground_truth_body) if task.ground_truth_body else None
+    truths = [read_trajectory(name) for name in wanted]
+    if not task.ground_truth and clip.truth is not None:
+        truths = [clip.truth]
+    moved = [at_camera(truth, T_body_camera) for truth in truths]
+    remarks = tuple(remark for truth in moved for remark in truth.remarks)
+    clip = dataclasses.replace(clip, remarks=(*clip.remarks, *remarks))
+    first, *more = [truth.trajectory for truth in moved] or [None]
     return clip.with_truth(first), more
 
 
@@ -213,13 +233,16 @@ def _open_bag(task: Task, wanted: Sequence[str]) -> tuple[Clip, list[Trajectory]
         task.depth,
         config=task.config,
         rectify=rectify,
+        body=task.ground_truth_body,
+        truth_gap_s=task.config.evaluation.truth_gap_s,
     )
     if not task.ground_truth:
         return read(), []
     truths = [read_trajectory(name) if Path(name).is_file() else name for name in wanted]
-    first, *others = truths or [None]
-    more = [t if isinstance(t, Trajectory) else read(truth=t).truth for t in others]
-    return read(truth=first), more
+    clips = [read(truth=truth) for truth in truths or [None]]
+    remarks = dict.fromkeys(remark for clip in clips for remark in clip.remarks)
+    clip = dataclasses.replace(clips[0], remarks=tuple(remarks))
+    return clip, [other.truth for other in clips[1:]]
 
 
 @lru_cache(maxsize=1)
@@ -260,7 +283,7 @@ def core_config(config: EvaluateConfig) -> CoreConfig:
 
 def _source(task: Task) -> dict[str, Any]:
     """What the report says about where the input came from, and the digest of the task."""
-    names = ('inputs', 'dataset', 'image_topic', 'depth', 'ground_truth')
+    names = ('inputs', 'dataset', 'image_topic', 'depth', 'ground_truth', 'ground_truth_body')
     told = {name: getattr(task, name) for name in names if getattr(task, name)}
     told = {k: list(v) if isinstance(v, tuple) else v for k, v in told.items()}
     return told | {'digest': task_digest(task)}
@@ -273,7 +296,8 @@ def task_digest(task: Task) -> str:
         paths = [Path(root) / more[0]]
     else:
         paths = [root] if task.dataset else task.inputs
-    files = [files_digest(path) for path in (*paths, task.depth or os.devnull, *task.ground_truth)]
+    paths = *paths, *filter(None, (task.depth, task.ground_truth_body, *task.ground_truth))
+    files = [files_digest(path) for path in paths]
     facts = {f.name: getattr(task, f.name) for f in dataclasses.fields(Task)}
     facts |= {'config': to_dict(task.config), 'folder': ''}  # results may be moved
     return digest(facts, files, weights_digest(task.config.model), code_version())

@@ -2,13 +2,17 @@
 
 import re
 from collections.abc import Iterator
+from functools import reduce
 from itertools import chain
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.spatial.transform import Rotation, Slerp
 
 from stream3r_core.errors import DataError, InputError
+from stream3r_core.evaluation.config import MAX_GAP_S
+from stream3r_core.evaluation.datasets.files import read_matrices
 from stream3r_core.evaluation.trajectory import Trajectory
 from stream3r_ros.bag import BagReader, BagTopic
 from stream3r_ros.conversions import pose_from_message, stamp_ns
@@ -34,7 +38,12 @@ class BagTruth(NamedTuple):
 
 
 def bag_truth(
-    bag: BagReader, topic_name: str, camera_frame: str, stamps_ns: np.ndarray
+    bag: BagReader,
+    topic_name: str,
+    camera_frame: str,
+    stamps_ns: np.ndarray,
+    T_body_camera: np.ndarray | None = None,
+    max_gap_s: float = MAX_GAP_S,
 ) -> BagTruth:
     """Return the true trajectory of the camera that a bag carries.
 
@@ -43,8 +52,9 @@ def bag_truth(
     ``camera_frame``. That chain counts unasked only where it begins in a frame called map, world
     or earth, or like a truth, and passes no odometry; any other one is a remark. ``name`` of the
     trajectory says what was found. Transforms are interpolated at ``stamps_ns`` [N], the images'
-    stamps. A message that names the frame it moves is carried over to the camera by /tf_static; a
-    plain pose is taken for the camera's own.
+    stamps, between two that lie at most ``max_gap_s`` apart. A message that names the frame it
+    moves is carried over to the camera by /tf_static; a plain pose is taken for the camera's own.
+    ``T_body_camera`` [4, 4] says of both what they are the poses of.
 
     Raises :class:`DataError` where the topic is of another type or does not lead to the camera.
     """
@@ -57,12 +67,34 @@ def bag_truth(
         edges = _tf_edges(bag, topic.name)
         if is_guess and (doubt := _doubt(edges, camera_frame)):
             return BagTruth(None, (doubt,))
-        found = _tf_trajectory(edges, topic.name, camera_frame, stamps_ns)
+        if T_body_camera is not None:
+            raise DataError(
+                f'{topic.name} leads to the camera itself: leave --ground-truth-body out'
+            )
+        found = _tf_trajectory(edges, topic.name, camera_frame, stamps_ns, round(max_gap_s * 1e9))
     else:
-        found = _pose_trajectory(bag, topic, camera_frame)
-    if found is None and not is_guess:
-        raise DataError(f'{bag.path}: {topic.name} holds no pose of the frame {camera_frame!r}')
-    return BagTruth(found)
+        found = _pose_trajectory(bag, topic, camera_frame, T_body_camera)
+    if found.trajectory is None and not is_guess:
+        why = found.remarks or [f'{topic.name} holds no pose of the frame {camera_frame!r}']
+        raise DataError(f'{bag.path}: {why[0]}')
+    return found
+
+
+def at_camera(truth: Trajectory, T_body_camera: np.ndarray | None) -> BagTruth:
+    """Return the true poses of a body as those of the camera, and what was taken for granted."""
+    if T_body_camera is None:
+        remark = f"{truth.name}: poses are taken for the camera's own; if not: --ground-truth-body"
+        return BagTruth(truth, (remark,))
+    moved = Trajectory(truth.stamps_ns, truth.T_world_camera @ T_body_camera, truth.name)
+    return BagTruth(moved, (f'{truth.name}: poses of a body, moved to the camera',))
+
+
+def read_body(path: str | Path) -> np.ndarray:
+    """Read T_body_camera [4, 4] from a text file of 16 numbers, row by row."""
+    matrices = read_matrices(Path(path))
+    if len(matrices) != 1:
+        raise DataError(f'{path}: expected one 4x4 matrix, got {len(matrices)}')
+    return Trajectory(None, matrices, str(path)).T_world_camera[0]  # which has to be rigid
 
 
 def static_transform(bag: BagReader, target: str, source: str) -> np.ndarray | None:
@@ -107,7 +139,9 @@ def _doubt(edges: dict[str, '_Edge'], camera_frame: str) -> str:
     )
 
 
-def _pose_trajectory(bag: BagReader, topic: BagTopic, camera_frame: str) -> Trajectory | None:
+def _pose_trajectory(
+    bag: BagReader, topic: BagTopic, camera_frame: str, T_body_camera: np.ndarray | None
+) -> BagTruth:
     stamps, poses = [], []
     body_frame = ''
     for recorded in bag.messages([topic.name]):
@@ -115,14 +149,22 @@ def _pose_trajectory(bag: BagReader, topic: BagTopic, camera_frame: str) -> Traj
         body_frame = getattr(message, 'child_frame_id', '')
         stamps.append(stamp_ns(message))
         poses.append(_matrix(POSE_TYPES[topic.type](message)))
-    T_world_camera = np.array(poses)
-    if body_frame and _plain(body_frame) != _plain(camera_frame):
-        edges = _chain(_static_edges(bag), camera_frame, until=_plain(body_frame))
-        if not edges or edges[-1].parent != _plain(body_frame):
-            return None
-        for edge in reversed(edges):
-            T_world_camera = T_world_camera @ edge.poses[0]
-    return _sorted(np.array(stamps), T_world_camera, topic.name)
+    truth = _sorted(np.array(stamps), np.array(poses), topic.name)
+    if T_body_camera is None and body_frame:
+        T_body_camera = _mount(bag, _plain(body_frame), camera_frame)
+        if T_body_camera is None:
+            return BagTruth(None)
+    return at_camera(truth, T_body_camera)
+
+
+def _mount(bag: BagReader, body_frame: str, camera_frame: str) -> np.ndarray | None:
+    """T_body_camera [4, 4] where the camera hangs below the body by /tf_static."""
+    if body_frame == _plain(camera_frame):
+        return np.eye(4)
+    edges = _chain(_static_edges(bag), camera_frame, until=body_frame)
+    if not edges or edges[-1].parent != body_frame:
+        return None
+    return reduce(np.matmul, (edge.poses[0] for edge in reversed(edges)))
 
 
 def _tf_edges(bag: BagReader, topic: str) -> dict[str, '_Edge']:
@@ -135,21 +177,32 @@ def _tf_edges(bag: BagReader, topic: str) -> dict[str, '_Edge']:
 
 
 def _tf_trajectory(
-    edges: dict[str, '_Edge'], topic: str, camera_frame: str, stamps_ns: np.ndarray
-) -> Trajectory | None:
+    edges: dict[str, '_Edge'],
+    topic: str,
+    camera_frame: str,
+    stamps_ns: np.ndarray,
+    max_gap_ns: int,
+) -> BagTruth:
     path = _chain(edges, camera_frame)
     if all(edge.is_static for edge in path):
-        return None
+        return BagTruth(None)
     T_root_camera = np.tile(np.eye(4), (len(stamps_ns), 1, 1))
-    known = np.ones(len(stamps_ns), bool)
+    gaps_ns = np.zeros(len(stamps_ns))
     for edge in reversed(path):
-        T_parent_child, inside = edge.at(stamps_ns)
+        T_parent_child, around_ns = edge.at(stamps_ns)
         T_root_camera = T_root_camera @ T_parent_child
-        known &= inside
+        gaps_ns = np.maximum(gaps_ns, around_ns)
+    known, dropped = gaps_ns <= max_gap_ns, np.isfinite(gaps_ns) & (gaps_ns > max_gap_ns)
+    remarks = ()
+    if dropped.any():
+        remarks = (
+            f'{dropped.sum()} images have no true pose: the transforms around them on {topic} lie '
+            f'more than {max_gap_ns / 1e9:g} s apart (evaluation.truth_gap_s)',
+        )
     if not known.any():
-        return None
+        return BagTruth(None, remarks)
     name = f'{topic} {path[-1].parent} -> {camera_frame}'
-    return _sorted(stamps_ns[known], T_root_camera[known], name)
+    return BagTruth(_sorted(stamps_ns[known], T_root_camera[known], name), remarks)
 
 
 class _Edge:
@@ -167,14 +220,20 @@ class _Edge:
         self.poses.append(_matrix(transform.transform))
 
     def at(self, stamps_ns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Poses [N, 4, 4] at stamps [N], and which of these lie between two transforms [N]."""
+        """Poses [N, 4, 4] at stamps [N], and how far apart the transforms around them lie [N], ns.
+
+        That is 0 on a transform and infinite before the first and after the last one.
+        """
         if self.is_static:
-            return np.array(self.poses[-1]), np.ones(len(stamps_ns), bool)
+            return np.array(self.poses[-1]), np.zeros(len(stamps_ns))
         times, first = np.unique(self.stamps_ns, return_index=True)
         poses = np.array(self.poses)[first]
-        inside = (stamps_ns >= times[0]) & (stamps_ns <= times[-1])
+        after = np.searchsorted(times, stamps_ns).clip(1, max(len(times) - 1, 1))
+        after = np.minimum(after, len(times) - 1)
+        gaps_ns = np.where(np.isin(stamps_ns, times), 0.0, times[after] - times[after - 1])
+        gaps_ns[(stamps_ns < times[0]) | (stamps_ns > times[-1])] = np.inf
         if len(times) == 1:
-            return poses[0], inside
+            return poses[0], gaps_ns
         seconds = (times - times[0]) * 1e-9  # relative: float64 would round absolute stamps
         query = (np.clip(stamps_ns, times[0], times[-1]) - times[0]) * 1e-9
         between = np.tile(np.eye(4), (len(stamps_ns), 1, 1))
@@ -183,7 +242,7 @@ class _Edge:
         ).as_matrix()
         for axis in range(3):
             between[:, axis, 3] = np.interp(query, seconds, poses[:, axis, 3])
-        return between, inside
+        return between, gaps_ns
 
 
 def _chain(edges: dict[str, _Edge], frame: str, until: str = '') -> list[_Edge]:

@@ -7,6 +7,7 @@ from stream3r_core.errors import ConfigError
 from stream3r_core.evaluation.depth import ALIGNMENTS
 from stream3r_core.evaluation.reconstruction import ICP_VARIANTS
 
+MAX_GAP_S = 0.2  # between two transforms that true poses are interpolated from
 EXPORTS = ('pcd', 'colmap', 'glb', 'rrd')
 
 
@@ -19,6 +20,11 @@ class EvaluationConfig:
     )
     association_ms: float = option(
         10.0, 'poses of truth and estimate that lie this close in time are compared', minimum=0.0
+    )
+    truth_gap_s: float = option(
+        MAX_GAP_S,
+        'images whose neighbouring transforms on /tf lie farther apart have no true pose',
+        minimum=0.0,
     )
     drift_segment_m: float = option(
         0.0, 'length of the path segments that drift is taken over; 0 = by the motion', minimum=0.0

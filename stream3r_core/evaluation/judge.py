@@ -1,6 +1,6 @@
 """From collected results to metrics in a report: trajectory, depth, map, speed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -12,10 +12,12 @@ from stream3r_core.evaluation.frame_log import FrameLog
 from stream3r_core.evaluation.reconstruction import ICP_VARIANTS, MapErrors, map_errors
 from stream3r_core.evaluation.report import Report
 from stream3r_core.evaluation.trajectory import (
+    AUC_FRAMES,
     Trajectory,
     TrajectoryError,
     ate,
     drift,
+    drift_segment_m,
     relative_pose_auc,
     rpe,
 )
@@ -24,13 +26,30 @@ from stream3r_core.mapping import MapCloud
 ALIGNMENT_NAMES = {'se3': 'SE(3)', 'sim3': 'Sim(3)'}
 
 
-def judge_trajectory(
+def judge_trajectories(
     report: Report,
-    truth: Trajectory | None,
+    truths: Sequence[Trajectory],
     estimate: Trajectory,
     config: EvaluationConfig,
+) -> list[dict[str, TrajectoryError]]:
+    """Add ATE, RPE, drift and AUC against each truth; return the ATEs by alignment, or empty.
+
+    Drift is taken over segments of one length, that which suits the first truth.
+    """
+    segment_m = config.drift_segment_m
+    judged = []
+    for truth in truths or [None]:
+        errors = _judge_trajectory(report, truth, estimate, config)
+        judged.append(errors)
+        if errors:
+            segment_m = segment_m or drift_segment_m(next(iter(errors.values())).truth)
+            _judge_drift(report, truth, estimate, segment_m, config)
+    return judged
+
+
+def _judge_trajectory(
+    report: Report, truth: Trajectory | None, estimate: Trajectory, config: EvaluationConfig
 ) -> dict[str, TrajectoryError]:
-    """Add ATE, RPE, drift and AUC; return the ATE by alignment, empty where skipped."""
     tolerance_ns = round(config.association_ms * 1e6)
     if truth is not None:
         report.remarks.append(f'true poses: {truth.name}')
@@ -47,17 +66,29 @@ def judge_trajectory(
             for relation in ('translation', 'rotation'):
                 error = rpe(truth, estimate, relation, alignment, tolerance_ns=tolerance_ns)
                 add(f'RPE {relation} RMSE, 1 frame', error.rmse, error.unit, name)
-        auc = relative_pose_auc(truth, estimate, tolerance_ns=tolerance_ns)
+        auc = relative_pose_auc(truth, estimate, max_frames=AUC_FRAMES, tolerance_ns=tolerance_ns)
         for threshold, value in auc.items():
             add(f'relative pose AUC@{threshold}', value, '')
-    for alignment in errors:
-        with report.skipping('trajectory'):
-            segment_m = config.drift_segment_m or None
+        if len(errors['sim3'].truth) > AUC_FRAMES:
+            report.remarks.append(f'relative pose AUC: {AUC_FRAMES} poses, evenly spread')
+    return errors
+
+
+def _judge_drift(
+    report: Report,
+    truth: Trajectory,
+    estimate: Trajectory,
+    segment_m: float,
+    config: EvaluationConfig,
+) -> None:
+    tolerance_ns = round(config.association_ms * 1e6)
+    add = partial(report.add, 'trajectory', truth=truth.name)
+    with report.skipping('trajectory', 'drift'):
+        for alignment, name in ALIGNMENT_NAMES.items():
             result = drift(truth, estimate, alignment, segment_m, tolerance_ns)
-            name, over = ALIGNMENT_NAMES[alignment], f'over {result.segment_m:.3g} m'
+            over = f'over {result.segment_m:.3g} m'
             add(f'drift {over}', 100 * result.translation_m_per_m, '%', name)
             add(f'turn {over}', result.rotation_deg_per_m, 'deg/m', name)
-    return errors
 
 
 def _add_ate(add: Callable[..., None], error: TrajectoryError, alignment: str) -> None:

@@ -152,7 +152,7 @@ def map_errors(result: MapErrors) -> Figure:
             points[drawn, first],
             points[drawn, second],
             c=errors[drawn],
-            s=0.4,
+            s=dot_size(len(points)),
             vmin=0,
             vmax=worst,
             cmap='viridis_r',
@@ -183,7 +183,9 @@ def predicted_map(cloud: MapCloud) -> Figure:
     for axis, (first, second), title in zip(
         axes[0], ((0, 1), (0, 2)), ('from the first camera', 'from above')
     ):
-        axis.scatter(points[:, first], points[:, second], c=colors, s=0.4, linewidths=0)
+        axis.scatter(
+            points[:, first], points[:, second], c=colors, s=dot_size(len(points)), linewidths=0
+        )
         axis.set(
             title=title,
             xlabel=f'{"xyz"[first]} (map units)',
@@ -194,6 +196,11 @@ def predicted_map(cloud: MapCloud) -> Figure:
         axis.set_aspect('equal')
     axes[0, 0].invert_yaxis()  # y points down in the first camera's frame
     return _finished(figure, 'The predicted map in the frame of the first camera.')
+
+
+def dot_size(count: int) -> float:
+    """Area of a dot, points^2, so that few points are seen and many do not run together."""
+    return float(np.clip(20_000 / max(count, 1), 0.4, 12.0))
 
 
 def speed(log: FrameLog) -> Figure:

@@ -30,7 +30,7 @@ class Skipped:
     """A group of metrics that could not be computed, with reason and remedy."""
 
     group: str
-    reason: str
+    reason: str  # begins with the part of the group that it is about, if not all of it
     package: str = ''  # that is missing; '' = none
 
 
@@ -61,13 +61,17 @@ class Report:
         return next((m.value for m in found if not truth or m.truth == truth), None)
 
     @contextmanager
-    def skipping(self, group: str):
-        """Turn data that cannot be judged, or a missing package, into an entry of ``skipped``."""
+    def skipping(self, group: str, part: str = ''):
+        """Turn data that cannot be judged, or a missing package, into an entry of ``skipped``.
+
+        ``part`` of the group is named where the rest of it is not skipped.
+        """
         try:
             yield
         except (DataError, MissingDependencyError) as error:
             package = getattr(error.__cause__, 'name', None) or ''  # of an ImportError
-            self.skipped.append(Skipped(group, str(error), package))
+            reason = f'{part}: {error}' if part else str(error)
+            self.skipped.append(Skipped(group, reason, package))
 
     def write(self, path: Path) -> None:
         """Write report.json in one step."""

@@ -29,7 +29,7 @@ from stream3r_core.evaluation.judge import (
     judge_depth,
     judge_map,
     judge_speed,
-    judge_trajectory,
+    judge_trajectories,
 )
 from stream3r_core.evaluation.pipelines import PhotoSet, Stream
 from stream3r_core.evaluation.report import Report
@@ -47,6 +47,7 @@ from stream3r_core.types import FramePrediction
 
 TRAJECTORY, KITTI, TRUTH = 'trajectory.tum', 'trajectory.kitti', 'truth.tum'
 MAP, LOG, CONFIG = 'map.ply', 'frames.csv', 'config.yaml'
+FEW_PIXELS = 0.05  # share of the pixels in the map that asks for a remark
 REPORT_JSON, REPORT_HTML = 'report.json', 'report.html'
 FILES = (TRAJECTORY, KITTI, TRUTH, MAP, LOG, CONFIG, REPORT_JSON, REPORT_HTML)
 
@@ -116,6 +117,11 @@ def _evaluate(
     if clip.truth is not None and clip.truth.stamps_ns is not None:
         write_tum(folder / TRUTH, clip.truth)
     cloud = pipeline.map.points()
+    if pipeline.map.share_taken < FEW_PIXELS:
+        report.remarks.append(
+            f'only {100 * pipeline.map.share_taken:.2g} % of the pixels got into the map: see '
+            'mapping.min_confidence and mapping.confidence_quantile'
+        )
     save_ply(cloud, folder / MAP)
     _export(folder, config, collected.cameras, cloud, report)
     truths = [*([] if clip.truth is None else [clip.truth]), *more_truths]
@@ -212,6 +218,7 @@ class _Feeder:
         self._waiting: deque[tuple[Frame, np.ndarray]] = deque()
         self._busy_ms = 0.0
         self._last_ns = -1
+        self._without_K = 0
 
     def answers(
         self, frames: Iterable[Frame], use_K: bool, is_interrupted: Callable[[], bool]
@@ -226,10 +233,15 @@ class _Feeder:
                 self._check_order(frame.stamp_ns)
                 self._waiting.append((frame, image))
                 K = frame.K if use_K else None
+                self._without_K += use_K and K is None
                 yield from self._answered(partial(self._pipeline.feed, image, frame.stamp_ns, K))
             except (DataError, InputError) as error:
                 self._report.refused.append(f'{frame.name}: {error}')
         yield from self._answered(self._pipeline.flush)
+        if self._without_K:
+            self._report.remarks.append(
+                f'known_intrinsics: {self._without_K} frames have none; theirs are predicted'
+            )
 
     def _check_order(self, stamp_ns: int) -> None:
         if stamp_ns <= self._last_ns:
@@ -262,9 +274,7 @@ def _camera(answer: _Answer) -> Camera:
 
 def _judge(report, truths, estimate, predicted, collected, config) -> list[pictures.Figure]:
     """Fill the report and return its pictures."""
-    ates = []
-    for truth in truths or [None]:
-        ates.append(judge_trajectory(report, truth, estimate, config))
+    ates = judge_trajectories(report, truths, estimate, config)
     depth = judge_depth(report, collected.depth, config)
     true_cloud = collected.truth_map.cloud()
     judged_map = judge_map(report, predicted, true_cloud.points_xyz, ates[0].get('sim3'), config)

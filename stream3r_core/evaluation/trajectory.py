@@ -11,6 +11,7 @@ from stream3r_core.errors import DataError
 
 ALIGNMENTS = ('none', 'origin', 'se3', 'sim3')
 ASSOCIATION_TOLERANCE_NS = 10_000_000  # evo's default, 0.01 s
+AUC_FRAMES = 500  # more are thinned: pairs are quadratic
 NO_BASELINE = 1e-9  # translations shorter than rounding have no direction
 
 
@@ -249,13 +250,11 @@ def drift(
 ) -> Drift:
     """Drift per metre of travelled true path, over all segments of ``segment_m`` metres.
 
-    The default segment is 1 m, or ten median steps where the poses lie farther apart, but at most
-    half of the path.
+    The default segment is that of :func:`drift_segment_m`.
     """
     truth, estimate = associate(truth, estimate, tolerance_ns)
     if segment_m is None:
-        step_m = float(np.median(np.diff(truth.distance_m, prepend=0.0)))
-        segment_m = min(max(1.0, 10 * step_m), truth.path_length_m / 2)
+        segment_m = drift_segment_m(truth)
     translation, rotation = (
         rpe(truth, estimate, relation, alignment, segment_m, 'm', tolerance_ns)
         for relation in ('translation', 'rotation')
@@ -269,11 +268,17 @@ def drift(
     )
 
 
+def drift_segment_m(truth: Trajectory) -> float:
+    """1 m, or ten median steps where the poses lie farther apart, but at most half of the path."""
+    step_m = float(np.median(np.diff(truth.distance_m, prepend=0.0)))
+    return min(max(1.0, 10 * step_m), truth.path_length_m / 2)
+
+
 def relative_pose_auc(
     truth: Trajectory,
     estimate: Trajectory,
     thresholds_deg: Sequence[int] = (30, 15, 5, 3),
-    max_frames: int = 500,
+    max_frames: int = AUC_FRAMES,
     tolerance_ns: int = ASSOCIATION_TOLERANCE_NS,
 ) -> dict[int, float]:
     """Area under the accuracy curve of relative poses over all frame pairs (model.md 21.5).

@@ -95,6 +95,7 @@ class VoxelMap:
         self._reset()
 
     def _reset(self) -> None:
+        self._pixels_seen = self._pixels_taken = 0
         self._max_points = self.config.max_points
         self._voxel_size = self.config.voxel_size
         self._index = VoxelIndex(self._max_points)
@@ -115,6 +116,12 @@ class VoxelMap:
     def num_rows(self) -> int:
         """Rows in use so far, see :class:`VoxelRows`."""
         return self._num_points
+
+    @property
+    def share_taken(self) -> float:
+        """Share of the pixels of all frames that were good enough for the map; NaN: no frame."""
+        with self._lock:
+            return self._pixels_taken / self._pixels_seen if self._pixels_seen else float('nan')
 
     @property
     def version(self) -> int:
@@ -145,6 +152,8 @@ class VoxelMap:
         in_image[prediction.geometry.camera_area()] = True
         pixels = np.flatnonzero(reliable & in_image)
         with self._lock:
+            self._pixels_seen += np.count_nonzero(in_image)
+            self._pixels_taken += len(pixels)
             if not self._voxel_size and pixels.size:
                 median = float(np.median(depth.ravel()[pixels]))
                 self._voxel_size = self.config.voxel_fraction * median

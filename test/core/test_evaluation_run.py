@@ -12,8 +12,9 @@ import pytest
 import yaml
 from oracle import CONFIG, Oracle, room_clip
 
-from stream3r_core.config import CoreConfig, from_dict, to_dict
+from stream3r_core.config import CoreConfig, MappingConfig, from_dict, to_dict
 from stream3r_core.errors import DataError, OutputError
+from stream3r_core.evaluation import judge
 from stream3r_core.evaluation.config import EvaluationConfig
 from stream3r_core.evaluation.datasets.frames import Clip
 from stream3r_core.evaluation.pipelines import make_pipeline
@@ -21,7 +22,7 @@ from stream3r_core.evaluation.report import read_report
 from stream3r_core.evaluation.run import FILES, evaluate
 from stream3r_core.evaluation.trajectory import Trajectory
 from stream3r_core.evaluation.trajectory_files import read_trajectory
-from stream3r_core.mapping import load_ply
+from stream3r_core.mapping import VoxelMap, load_ply
 from stream3r_core.pipeline import load_configured_model
 
 QUICK = EvaluationConfig(icp='none', pictures=False)
@@ -127,6 +128,37 @@ def test_two_truths_are_judged_side_by_side(clip, tmp_path):
     assert report.value('RPE rotation RMSE, 1 frame', 'SE(3)', 'other truth') < 1e-3
     page = (tmp_path / 'report.html').read_text()
     assert 'against truth of room' in page and 'against other truth' in page
+
+
+def test_drift_is_taken_over_one_length_and_its_failure_has_its_name(clip, tmp_path):
+    shrunk = clip.truth.T_world_camera.copy()
+    shrunk[:, :3, 3] *= 0.5
+    other = Trajectory(clip.truth.stamps_ns, shrunk, 'half the size')
+    report = evaluate(clip, Oracle(clip), tmp_path, QUICK, more_truths=[other])
+    drifts = {(m.name, m.truth) for m in report.metrics if m.name.startswith('drift')}
+    assert len({name for name, _ in drifts}) == 1
+    config = dataclasses.replace(QUICK, drift_segment_m=1000.0)
+    report = evaluate(clip, Oracle(clip), tmp_path, config)
+    (skipped,) = (s for s in report.skipped if s.group == 'trajectory')
+    assert skipped.reason.startswith('drift: ') and report.value('ATE RMSE', 'Sim(3)') < 1e-5
+
+
+def test_thinned_pose_pairs_an_empty_map_and_absent_intrinsics_are_remarks(
+    clip, tmp_path, monkeypatch
+):
+    report = evaluate(clip, Oracle(clip), tmp_path, QUICK)
+    assert not any('AUC' in remark or 'pixels' in remark for remark in report.remarks)
+    monkeypatch.setattr(judge, 'AUC_FRAMES', 5)
+    oracle = Oracle(clip)
+    oracle.map = VoxelMap(MappingConfig(voxel_size=0.01, min_confidence=100.0))
+    bare = [dataclasses.replace(frame, K=None) for frame in clip.frames]
+    config = dataclasses.replace(QUICK, known_intrinsics=True)
+    report = evaluate(Clip('bare', tuple(bare)), oracle, tmp_path, config)
+    assert 'relative pose AUC: 5 poses, evenly spread' in report.remarks
+    assert any('only 0 % of the pixels' in r and 'min_confidence' in r for r in report.remarks)
+    assert (
+        f'known_intrinsics: {len(clip)} frames have none; theirs are predicted' in report.remarks
+    )
 
 
 def test_frames_that_cannot_be_used_are_named_and_the_rest_counts(clip, tmp_path):

@@ -35,7 +35,13 @@ from stream3r_ros.bag import BagWriter
 from stream3r_ros.calibration import Calibrator
 from stream3r_ros.cli import main
 from stream3r_ros.clips import bag_clip
-from stream3r_ros.evaluation_tasks import EvaluateConfig, evaluate_task, is_done, tasks_from_args
+from stream3r_ros.evaluation_tasks import (
+    EvaluateConfig,
+    evaluate_task,
+    is_done,
+    open_clip,
+    tasks_from_args,
+)
 from stream3r_ros.options import config_from_args
 
 K = np.array([[40.0, 0, 39.5], [0, 40.0, 29.5], [0, 0, 1]])
@@ -211,6 +217,21 @@ def test_a_file_and_a_topic_stand_side_by_side_as_truths(bag, tmp_path):
     assert len(judged) == 4 and 'other.txt' in truths and len(truths) == 2
 
 
+def test_the_truth_beside_a_folder_may_be_that_of_another_body(tmp_path):
+    scene = miniatures.folder(tmp_path / 'data')
+    mount = true_pose(2)
+    np.savetxt(tmp_path / 'mount.txt', mount)
+    body, plain = (
+        open_clip(task_of(tmp_path / 'data', tmp_path, *words))[0]
+        for words in (['--ground-truth-body', str(tmp_path / 'mount.txt')], [])
+    )
+    np.testing.assert_allclose(plain.truth.T_world_camera, scene.T_world_camera, atol=1e-6)
+    expected = scene.T_world_camera @ mount
+    np.testing.assert_allclose(body.truth.T_world_camera, expected, atol=1e-6)
+    assert any('moved to the camera' in remark for remark in body.remarks)
+    assert any("taken for the camera's own" in remark for remark in plain.remarks)
+
+
 def test_no_truth_when_none_is_wanted(bag, tmp_path):
     arguments = ('--ground-truth', 'none', '--depth', 'none')
     report = read_report(evaluated(tmp_path / 'out', bag, *arguments))
@@ -352,6 +373,8 @@ def test_variants_are_compared(bag, tmp_path, capsys):
         (['{data}', '--dataset', 'folder', '--rate', '10'], '--rate is for'),
         (['{data}', '--dataset', 'folder', '--image-topic', '/a'], '--image-topic is for'),
         (['{bag}', '--ground-truth', 'none', '--ground-truth', '/tf'], 'no other'),
+        (['{data}', '--ground-truth-body', 'body'], 'no file'),
+        ([*SUITE, '--ground-truth-body', 'body'], '--ground-truth-body says nothing'),
         (['{bag}', '--data', '{data}'], '--suite'),
         (['{bag}', '--workers', '2'], 'several inputs'),
         (['{bag}', '--ray', 'auto'], 'several inputs'),

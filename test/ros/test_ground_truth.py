@@ -4,10 +4,20 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from recordings import CAMERA_FRAME, MESSAGES, STEP_NS, stamp, true_pose, true_tf, write_images
+from recordings import (
+    CAMERA_FRAME,
+    MESSAGES,
+    STEP_NS,
+    rgb,
+    stamp,
+    true_pose,
+    true_tf,
+    write_images,
+)
 
 from stream3r_core.errors import DataError
 from stream3r_ros.bag import BagReader, BagWriter
+from stream3r_ros.clips import bag_clip
 from stream3r_ros.ground_truth import bag_truth
 from stream3r_ros.qos import LATCHED
 
@@ -61,6 +71,23 @@ def test_transforms_are_interpolated_and_never_extrapolated(tmp_path):
     np.testing.assert_array_equal(found.stamps_ns, STAMPS[1:4])
     expected = [turned(0.4 * k, x=k) for k in (1, 2, 3)]
     np.testing.assert_allclose(found.T_world_camera, expected, atol=1e-9)
+
+
+def test_no_pose_is_made_up_in_a_long_gap(tmp_path):
+    late = [stamp(0), stamp(1), stamp(1) + 10**9]
+    edges = [('/tf', 'map', CAMERA_FRAME, at, true_pose(k)) for k, at in enumerate(late)]
+    path = write_transforms(tmp_path / 'bag', edges)
+    asked = np.array(
+        [stamp(0), stamp(0) + 10**7, stamp(1), stamp(2), stamp(3), late[2], late[2] + 1]
+    )
+    with BagReader(path) as bag:
+        found, (remark,) = bag_truth(bag, '', CAMERA_FRAME, asked)
+        wide, no_remark = bag_truth(bag, '', CAMERA_FRAME, asked, max_gap_s=1.0)
+        with pytest.raises(DataError, match=r'evaluation\.truth_gap_s'):
+            bag_truth(bag, '/tf', CAMERA_FRAME, asked[3:5])
+    assert found.stamps_ns.tolist() == [*asked[:3], late[2]]
+    assert '2 images' in remark and '0.2 s' in remark
+    assert len(wide) == 6 and no_remark == ()
 
 
 def test_a_camera_without_moving_parents_has_no_trajectory(tmp_path):
@@ -142,6 +169,30 @@ def test_odometry_of_a_body_is_carried_over_to_the_camera(tmp_path):
     found = truth_of(tmp_path / 'bag', '/odom')
     np.testing.assert_allclose(found.T_world_camera, TRUTH @ mount, atol=1e-12)
     assert truth_of(tmp_path / 'bag') is None  # odometry is no truth unless it is named
+
+
+MOUNT = turned(0.5, 0.1, 0, -0.2)
+
+
+@pytest.mark.parametrize('by_file', [False, True])
+def test_poses_of_a_tracked_body_are_moved_to_the_camera_when_told(tmp_path, by_file):
+    with BagWriter(tmp_path / 'bag') as bag:
+        static = MESSAGES.transform(MOUNT, 0, 'body', CAMERA_FRAME)
+        bag.write('/tf_static', MESSAGES.tf([static]), 0, LATCHED)
+        for index in range(6):
+            bag.write('/camera/image_raw', rgb(index), stamp(index))
+            body = TRUTH[index] @ np.linalg.inv(MOUNT)
+            bag.write('/vicon/body', MESSAGES.pose(body, stamp(index), 'room'), stamp(index))
+    np.savetxt(tmp_path / 'mount.txt', MOUNT)
+    body = str(tmp_path / 'mount.txt') if by_file else 'body'
+    clip = bag_clip(tmp_path / 'bag', body=body)
+    np.testing.assert_allclose(clip.truth.T_world_camera, TRUTH, atol=1e-12)
+    assert any('moved to the camera' in remark for remark in clip.remarks)
+    untold = bag_clip(tmp_path / 'bag')
+    assert not np.allclose(untold.truth.T_world_camera, TRUTH, atol=0.05)
+    assert any("taken for the camera's own" in remark for remark in untold.remarks)
+    with pytest.raises(DataError, match="'nobody' is no file, and /tf_static"):
+        bag_clip(tmp_path / 'bag', body='nobody')
 
 
 def test_odometry_of_an_unconnected_body_is_refused(tmp_path):
