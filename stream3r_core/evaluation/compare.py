@@ -1,7 +1,7 @@
 """Several variants over the same input in one table and one plot: quality against cost."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -9,7 +9,7 @@ from pathlib import Path
 from stream3r_core.errors import DataError
 from stream3r_core.evaluation.html import figure_tag, flat, table, write_page
 from stream3r_core.evaluation.pictures import Figure, scatter
-from stream3r_core.evaluation.report import Report
+from stream3r_core.evaluation.report import Metric, Report
 from stream3r_core.files import atomic_write
 
 COMPARISON_JSON, COMPARISON_HTML = 'comparison.json', 'comparison.html'
@@ -25,13 +25,27 @@ class Column:
     alignment: str = ''
     unit: str = ''
 
-    def value(self, report: Report) -> float | None:
-        """Value in a report, None where it was skipped."""
+    def metric(self, report: Report) -> Metric | None:
+        """The metric in a report, against its first truth; None where it was skipped."""
         for metric in report.metrics:
             same = metric.group == self.group and metric.name.startswith(self.name)
             if same and metric.alignment.startswith(self.alignment):
-                return metric.value
+                return metric
         return None
+
+    def value(self, report: Report) -> float | None:
+        """Value in a report, None where it was skipped."""
+        metric = self.metric(report)
+        return None if metric is None else metric.value
+
+    def meaning(self, reports: Iterable[Report]) -> dict[str, str]:
+        """Unit, alignment and truth of the column, as the reports say."""
+        found = [metric for metric in map(self.metric, reports) if metric is not None]
+        alignment, truth = (
+            ' / '.join(dict.fromkeys(filter(None, (getattr(m, name) for m in found))))
+            for name in ('alignment', 'truth')
+        )
+        return {'unit': self.unit, 'alignment': alignment, 'truth': truth}
 
 
 COLUMNS = (
@@ -65,7 +79,13 @@ def compare(reports: Mapping[str, Report], folder: str | Path) -> dict[str, dict
     folder = Path(folder)
     rows = {name: {c.title: c.value(report) for c in COLUMNS} for name, report in reports.items()}
     differing = _differences({name: report.config for name, report in reports.items()})
-    content = {'input': min(inputs)[0], 'variants': rows, 'options': differing}
+    content = {
+        'input': min(inputs)[0],
+        'columns': {c.title: c.meaning(reports.values()) for c in COLUMNS},
+        'variants': rows,
+        'options': differing,
+        'conditions': {name: report.conditions for name, report in reports.items()},
+    }
     with atomic_write(folder / COMPARISON_JSON) as file:
         file.write(json.dumps(content, indent=1).encode())
     _write_page(folder / COMPARISON_HTML, min(inputs)[0], reports, rows, differing)
@@ -85,26 +105,35 @@ def _differences(configs: Mapping[str, dict]) -> dict[str, dict[str, object]]:
 
 def _write_page(path, title, reports, rows, differing) -> None:
     known = [c for c in COLUMNS if any(row[c.title] is not None for row in rows.values())]
-    header = ['variant', *(f'{c.title} ({c.unit})' if c.unit else c.title for c in known)]
+    header = ['variant', *(_heading(c, reports.values()) for c in known)]
     lines = [
         [name, *('' if row[c.title] is None else row[c.title] for c in known)]
         for name, row in rows.items()
     ]
     options = [[option, *values.values()] for option, values in differing.items()]
-    conditions = next(iter(reports.values())).conditions
+    conditions = {name: dict(flat(report.conditions)) for name, report in reports.items()}
+    names = dict.fromkeys(name for own in conditions.values() for name in own)
     body = [
         f'<h1>{escape(title)}</h1>',
-        '<p>Trajectories are aligned by Sim(3) but for the column SE(3); depth has one scale for '
-        'the input; maps are registered as in the reports. Smaller is better but for δ and '
-        'F-score.</p>',
+        '<p>In brackets: unit and alignment. Smaller is better but for δ and F-score.</p>',
         table(header, lines),
         *(figure_tag(figure) for figure in _plots(rows)),
         '<h2>Options that differ</h2>',
         table(('option', *reports), options),
-        '<h2>Conditions of the first variant</h2>',
-        table(('condition', 'value'), flat(conditions)),
+        '<h2>Conditions</h2>',
+        table(
+            ('condition', *reports),
+            [[name, *(own.get(name, '') for own in conditions.values())] for name in names],
+        ),
     ]
     write_page(path, f'comparison, {title}', body)
+
+
+def _heading(column: Column, reports: Iterable[Report]) -> str:
+    """Title with unit and alignment."""
+    meaning = column.meaning(reports)
+    told = ', '.join(filter(None, (meaning['unit'], meaning['alignment'])))
+    return f'{column.title} ({told})' if told else column.title
 
 
 def _plots(rows: Mapping[str, Mapping[str, float | None]]) -> list[Figure]:

@@ -105,9 +105,7 @@ def depth_strips(strips: list[Strip], errors: DepthErrors) -> Figure:
     """Image, true depth, aligned prediction and relative error of some frames."""
     figure, axes = _canvas(max(len(strips), 1), 4, 12, 2.5 * max(len(strips), 1))
     for row, strip in zip(axes, strips):
-        truth = np.where(strip.truth_m > 0, strip.truth_m, np.nan)
-        aligned = strip.prediction * errors.scale + errors.shift_m
-        error = np.abs(aligned - truth) / truth
+        truth, aligned, error = strip_maps(strip, errors)
         near, far = np.nanpercentile(truth, (2, 98)) if np.isfinite(truth).any() else (0, 1)
         row[0].imshow(strip.image_rgb)
         row[0].set_ylabel(strip.name, fontsize=7)
@@ -123,6 +121,16 @@ def depth_strips(strips: list[Strip], errors: DepthErrors) -> Figure:
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
     return _finished(figure, f'Depth, alignment "{errors.alignment}" over the whole input.')
+
+
+def strip_maps(strip: Strip, errors: DepthErrors) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """True depth and aligned prediction in metres, and the relative error, each [h, w].
+
+    NaN where there is no truth (not in the prediction) or no prediction (not in the truth).
+    """
+    truth = np.where(strip.truth_m > 0, strip.truth_m, np.nan)
+    aligned = strip.prediction * errors.scale + errors.shift_m
+    return truth, aligned, np.abs(aligned - truth) / truth
 
 
 def depth_over_time(stamps_ns: list[int], abs_rel: np.ndarray, errors: DepthErrors) -> Figure:

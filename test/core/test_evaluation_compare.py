@@ -35,8 +35,17 @@ def test_cache_modes_stand_in_one_table_and_one_plot(tmp_path):
         'session.mode': {'causal': 'causal', 'window': 'window', 'stac': 'stac'}
     }
     assert content['variants']['stac'] == rows['stac']
+    assert content['columns']['ATE'] == {
+        'unit': 'm',
+        'alignment': 'Sim(3)',
+        'truth': 'truth of room',
+    }
+    assert content['columns']['depth AbsRel']['alignment'] == 'scale'
+    assert content['conditions'] == {name: report.conditions for name, report in reports.items()}
     page = (tmp_path / 'comparison.html').read_text()
     assert page.count('data:image/png') == 1 and 'session.mode' in page
+    assert '<th>ATE (m, Sim(3))</th>' in page and '<th>depth AbsRel (scale)</th>' in page
+    assert '<tr><th>condition</th><th>causal</th><th>window</th><th>stac</th></tr>' in page
 
 
 def test_variants_over_other_frames_are_refused(tmp_path):

@@ -139,6 +139,14 @@ def test_every_suite_names_a_reader_and_a_folder_for_its_parts():
     assert all(part.dataset in DATASETS for s in SUITES.values() for part in s.parts)
 
 
+def test_the_reference_says_where_each_dataset_of_a_suite_lies():
+    page = (Path(__file__).parents[2] / 'stream3r_ros/REFERENCE.md').read_text()
+    for name, chosen in SUITES.items():
+        assert f'`{name}`' in page
+        for part in chosen.parts:
+            assert f'{part.dataset}: `{part.folder}`' in page
+
+
 def test_co3d_uses_seen_categories_and_averages_over_them(tmp_path):
     miniatures.co3d(tmp_path / 'data/co3d', num_frames=50)
     (tmp_path / 'data/co3d/apple').rename(tmp_path / 'data/co3d/hotdog')

@@ -287,6 +287,14 @@ def task_of(bag, tmp_path, *arguments):
     return dataclasses.replace(task, bag=args.bag)
 
 
+def test_workers_elsewhere_are_given_absolute_paths(bag, tmp_path, monkeypatch):
+    (tmp_path / 'truth.txt').write_text(f'{stamp(0) / 1e9:.9f} 0 0 0 0 0 0 1')
+    monkeypatch.chdir(tmp_path)
+    task = task_of('bag', Path(), '--ground-truth', 'truth.txt', '--depth', '/depth/image')
+    assert task.inputs == (str(bag),) and task.folder == tmp_path / 'out'
+    assert task.ground_truth == (str(tmp_path / 'truth.txt'),) and task.depth == '/depth/image'
+
+
 @pytest.fixture
 def done_task(bag, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation_tasks, 'code_version', lambda: '1')
