@@ -210,7 +210,7 @@ def main():
     torch.set_num_threads(args.threads)
     width, height = map(int, args.size.split('x'))
     images = [
-        torch.from_numpy(image.copy()).permute(2, 0, 1).float() / 255
+        torch.from_numpy(image).permute(2, 0, 1).float() / 255
         for image in camera_images(Plan(height, width))
     ]
     sessions = dict(variants(args, partial(load_model, args.preset, args.weights, args.device)))

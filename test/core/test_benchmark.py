@@ -145,7 +145,7 @@ def test_operations_of_the_full_size_are_those_of_the_cost_model():
 
 def room_images():
     return [
-        torch.from_numpy(view.copy()).permute(2, 0, 1).float() / 255
+        torch.from_numpy(view).permute(2, 0, 1).float() / 255
         for view in camera_images(Plan(height=48, width=64))[:8]
     ]
 
