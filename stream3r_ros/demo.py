@@ -49,13 +49,13 @@ from stream3r_ros.replay import (
     open_source,
 )
 from stream3r_ros.replay import run as run_replay
-from stream3r_ros.results import BAG, MAP, TRAJECTORY
+from stream3r_ros.results import BAG, MADE_WITH, MAP, TRAJECTORY
 from stream3r_ros.sample import write_sample
 from stream3r_ros.sources import Source, are_photos, camera_info_name
 from stream3r_ros.tf import camera_frame, check_frames
 
 SAMPLE, PICTURE, NODE_LOG, CAMERA_LOG = 'sample_bag', 'picture.png', 'node.log', 'camera.log'
-RESULTS = (MAP, TRAJECTORY, BAG, PICTURE)
+RESULTS = (MAP, MADE_WITH, TRAJECTORY, BAG, PICTURE)
 UNTRAINED = 'untrained random weights: this shows the plumbing, not a reconstruction'
 DIAGNOSTICS_PERIOD_S = 0.2
 LAST_MESSAGE_S = 10.0  # how long to wait for messages that the node has sent already
@@ -163,7 +163,8 @@ def _plan(
     folder: Path,
 ) -> Plan:
     """Bring camera and node together on one image topic; write the node's parameter file."""
-    topic, kind, camera = FILES_TOPIC, '', [*map(str, args.input)]
+    topic, kind = FILES_TOPIC, ''
+    camera = [*map(str, args.input), '--every', str(args.every)]
     if bag is None:
         camera += ['--frame-rate', str(args.rate)]
     else:

@@ -20,6 +20,7 @@ from stream3r_ros.conversions import image_from_message, stamp_ns
 from stream3r_ros.diagnostics import ReconstructionFigures
 from stream3r_ros.logging_bridge import Throttled
 from stream3r_ros.odometry import Sigmas
+from stream3r_ros.provenance import Provenance
 from stream3r_ros.publishers import Publishers
 from stream3r_ros.recorder import PoseRecorder, Snapshot
 from stream3r_ros.scale import BaselineScale, DepthScale, ScaleTracker
@@ -199,7 +200,7 @@ class LiveReconstruction:
         self._is_new = True
         self.figures = self._figures()
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self, config: NodeConfig) -> Snapshot:
         """Return poses and map as they are now; raises InputError before the first frame."""
         outputs, recorded = self._publishers.outputs, self._recorder.trajectory()
         return Snapshot(
@@ -208,6 +209,7 @@ class LiveReconstruction:
             ),
             outputs.in_map_frame(self._reconstructor.map.points()),
             self._recorder.num_forgotten,
+            Provenance(self._reconstructor.session.model.weights_info, config),
         )
 
     def publish_map(self) -> None:
@@ -271,10 +273,6 @@ class LiveReconstruction:
 
     def _check_stamp(self, message: Any, config: NodeConfig) -> int:
         stamp = stamp_ns(message)
-        if stamp <= 0:
-            raise InputError(
-                f'the image has no stamp ({stamp} ns); does the camera driver set it?'
-            )
         ahead_s = self._stamps.check(stamp, config.backward_jump_s)
         if ahead_s >= 0:
             self._note_gap(ahead_s, config)

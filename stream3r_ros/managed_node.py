@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import rclpy.task
 import torch
-from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
 from rclpy.clock import Clock, ClockType
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
@@ -31,12 +30,12 @@ except ImportError:  # Humble
 
 from stream3r_core.errors import InputError, Stream3rError
 from stream3r_core.pipeline import load_configured_model
+from stream3r_ros.components import diagnostics_publisher
 from stream3r_ros.config import NodeConfig
 from stream3r_ros.diagnostics import (
     FrameStatistics,
     NodeStatus,
     ReconstructionFigures,
-    diagnostic_array,
 )
 from stream3r_ros.live import LiveReconstruction
 from stream3r_ros.logging_bridge import Throttled, forward_logging, stop_forwarding
@@ -168,7 +167,7 @@ class Stream3rNode(LifecycleNode):
 
     def _start_timers(self) -> None:
         wall = Clock(clock_type=ClockType.STEADY_TIME)  # also while simulated time stands still
-        self._diagnostics = self.create_publisher(DiagnosticArray, '/diagnostics', 10)
+        self._send_diagnostics = diagnostics_publisher(self, self._image_topic)
         status = self.config.status
         self.create_timer(status.period_s, self._publish_diagnostics, clock=wall)
         self.create_timer(status.log_period_s, self._log_status, clock=wall)
@@ -243,7 +242,7 @@ class Stream3rNode(LifecycleNode):
         config = self.config.save_map
         if not config.on_exit or self._live is None:
             return []
-        return save_snapshot(self._live.snapshot(), config)
+        return save_snapshot(self._live.snapshot(self.config), config)
 
     def destroy_node(self) -> None:
         """Free what the node has on the graph, so that others see at once that it is gone."""
@@ -389,7 +388,7 @@ class Stream3rNode(LifecycleNode):
         worker, live = self._configured()
         config = self.config.save_map
         check_saving(config)  # before any work
-        snapshot = await self._finished(worker.submit(live.snapshot))
+        snapshot = await self._finished(worker.submit(partial(live.snapshot, self.config)))
         write = partial(save_snapshot, snapshot, config)
         paths = await self._finished(self._background.submit(write))
         return '\n'.join(map(str, paths))
@@ -439,9 +438,7 @@ class Stream3rNode(LifecycleNode):
         return ''
 
     def _publish_diagnostics(self) -> None:
-        stamp = self.get_clock().now().to_msg()
-        name = self.get_fully_qualified_name()
-        self._diagnostics.publish(diagnostic_array(self.status(), name, self._image_topic, stamp))
+        self._send_diagnostics(self.status())
 
     def _log_status(self) -> None:
         self.get_logger().info(self.status().sentence())

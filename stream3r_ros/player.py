@@ -122,6 +122,23 @@ class FilesProgramme:
             yield Outgoing(FILES_TOPIC, frame.stamp_ns, image)
 
 
+class Thinned:
+    """Another programme with every k-th image of each topic, the first ones included."""
+
+    def __init__(self, programme: Programme, k: int):
+        self._programme, self._k = programme, k
+        self.topics, self.num_messages = programme.topics, programme.num_messages
+
+    def __iter__(self) -> Iterator[Outgoing]:
+        seen = dict.fromkeys(self.topics, 0)
+        for item in self._programme:
+            if self.topics[item.topic] in IMAGES:
+                seen[item.topic] += 1
+                if (seen[item.topic] - 1) % self._k:
+                    continue
+            yield item
+
+
 def play(
     node: Any, programme: Programme, rate: float, patience_s: float, in_lockstep: bool = False
 ) -> int:
@@ -247,6 +264,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='of image files whose names are no stamps (default: %(default)g)',
     )
     parser.add_argument(
+        '--every', type=int, default=1, metavar='K', help='play every K-th image only'
+    )
+    parser.add_argument(
         '--lockstep',
         action='store_true',
         help='send the next image when the transform of the last one has come, so that a node '
@@ -265,6 +285,8 @@ def run(args: argparse.Namespace) -> int:
     for name in ('rate', 'frame_rate'):
         if not (value := getattr(args, name)) > 0:
             raise Stream3rError(f'--{name.replace("_", "-")} must be positive, got {value}')
+    if args.every < 1:
+        raise Stream3rError(f'--every must be at least 1 (every image), got {args.every}')
     with ExitStack() as stack:
         if is_one_bag(args.input):
             bag = stack.enter_context(BagReader(args.input[0]))
@@ -272,9 +294,8 @@ def run(args: argparse.Namespace) -> int:
         else:
             programme = FilesProgramme(file_source(args.input, args.frame_rate))
         with interruptible_ros(args.ros_args) as create_node:
-            num_sent = play(
-                create_node('player'), programme, args.rate, args.timeout, args.lockstep
-            )
+            thinned = Thinned(programme, args.every)
+            num_sent = play(create_node('player'), thinned, args.rate, args.timeout, args.lockstep)
             print(f'played {num_sent} messages')
     return 0
 

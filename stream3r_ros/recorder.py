@@ -15,6 +15,7 @@ from stream3r_core.evaluation.trajectory import Trajectory
 from stream3r_core.evaluation.trajectory_files import write_tum
 from stream3r_core.mapping import MapCloud, save_pcd, save_ply
 from stream3r_ros.config import SaveMapConfig
+from stream3r_ros.provenance import Provenance
 
 _PLAIN_NAME = re.compile(r'[\w-][\w.-]{0,199}')
 POINT_BYTES, POSE_BYTES = 40, 150  # in all formats together, rounded up
@@ -69,14 +70,15 @@ class Snapshot(NamedTuple):
     trajectory: Trajectory
     cloud: MapCloud  # map frame
     num_forgotten: int
+    made_with: Provenance
 
 
 def save_snapshot(snapshot: Snapshot, config: SaveMapConfig) -> list[Path]:
-    """Write map and trajectory into ``config.directory`` and return the paths.
+    """Write map, trajectory and what they were made with into ``config.directory``.
 
-    Each file appears whole or not at all, and replaces one of the same name. Raises
-    :class:`ConfigError` for a name that is none or leads elsewhere, :class:`OutputError` where
-    the files cannot be written or would fill the disk.
+    Returns the paths. Each file appears whole or not at all, and replaces one of the same name.
+    Raises :class:`ConfigError` for a name that is none or leads elsewhere, :class:`OutputError`
+    where the files cannot be written or would fill the disk.
     """
     map_name, trajectory_name = config.map_name, config.trajectory_name
     check_saving(config)
@@ -87,6 +89,7 @@ def save_snapshot(snapshot: Snapshot, config: SaveMapConfig) -> list[Path]:
         writers[f'{map_name}.pcd'] = partial(save_pcd, snapshot.cloud)
     if config.tum:
         writers[f'{trajectory_name}.tum'] = partial(write_tum, trajectory=snapshot.trajectory)
+    writers[f'{map_name}.json'] = snapshot.made_with.write
     folder = _folder(config.directory)
     _check_space(folder, snapshot)
     for name, write in writers.items():

@@ -77,7 +77,7 @@ SERVICES = {
     '~/reset': 'a new session with an empty map',
     '~/pause': 'drop images; the session stays',
     '~/resume': 'take images again',
-    '~/save_map': 'write map and trajectory (`save_map.*`); the reply lists the paths',
+    '~/save_map': 'write map, trajectory and origin (`save_map.*`); the reply lists the paths',
     '~/get_status': 'the status line and all figures of /diagnostics',
 }
 

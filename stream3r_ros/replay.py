@@ -27,8 +27,9 @@ from stream3r_ros.options import (
     output_folder,
     write_options,
 )
+from stream3r_ros.provenance import Provenance
 from stream3r_ros.report import Report
-from stream3r_ros.results import BAG, MAP, TRAJECTORY, Results
+from stream3r_ros.results import BAG, MADE_WITH, MAP, TRAJECTORY, Results
 from stream3r_ros.sources import (
     DEFAULT_RATE_HZ,
     BagSource,
@@ -97,9 +98,10 @@ def run(args: argparse.Namespace) -> int:
     with open_source(args, config.rectify) as (source, bag):
         truth = _named_truth(args.ground_truth, bag)
         model = load_configured_model(config.model)
-        names = (TRAJECTORY, MAP, BAG, CONFIG, SUMMARY)
+        names = (TRAJECTORY, MAP, MADE_WITH, BAG, CONFIG, SUMMARY)
         folder = output_folder(args.output, names, args.overwrite, args.input)
         write_options(folder / CONFIG, config)
+        Provenance(model.weights_info, config).write(folder / MADE_WITH)
         print(f'{source.name}: {source.num_frames} images; weights: {model.weights_info.source}')
         with first_interrupt_ends_the_loop() as is_interrupted:
             report = replay(source, model, config, folder, is_interrupted)
@@ -202,8 +204,6 @@ def _usable_frames(
 
 def _check_order(stamp_ns: int, stamps: StampOrder, config: NodeConfig) -> None:
     """Refuse what the node refuses; where the node would start anew, end the replay."""
-    if stamp_ns < 0:
-        raise InputError(f'the image has a negative stamp ({stamp_ns} ns)')
     ahead_s = stamps.check(stamp_ns, config.backward_jump_s)
     if ahead_s >= 0:
         return

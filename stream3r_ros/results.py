@@ -13,7 +13,7 @@ from stream3r_ros.messages import rosbags_messages
 from stream3r_ros.outputs import TOPICS, FrameOutputs, Outputs
 from stream3r_ros.tf import T_map_of_first_camera
 
-TRAJECTORY, MAP, BAG = 'trajectory.tum', 'map.ply', 'bag'
+TRAJECTORY, MAP, MADE_WITH, BAG = 'trajectory.tum', 'map.ply', 'map.json', 'bag'
 NAMESPACE = '/stream3r'  # of the topics that a node of that name publishes
 RECORDED = ('/tf', '~/pose', '~/odometry', '~/depth/image', '~/depth/camera_info', '~/cloud')
 

@@ -170,8 +170,17 @@ def file_source(inputs: Sequence[str], rate_hz: float = DEFAULT_RATE_HZ) -> Sour
         odd = next(path for path in paths if path.suffix.lower() not in PHOTO_SUFFIXES)
         raise DataError(f'several inputs must all be image files, got {odd}')
     if paths[0].is_dir():
-        return ImageFiles(list_photos(paths[0]), rate_hz)
+        return ImageFiles(_photos_of(paths[0]), rate_hz)
     return VideoFile(paths[0])
+
+
+def _photos_of(folder: Path) -> list[Path]:
+    try:
+        return list_photos(folder)
+    except DataError as error:
+        raise DataError(
+            f'{error}, and no bag either (metadata.yaml, or one .mcap or .db3)'
+        ) from error
 
 
 def are_photos(inputs: Sequence[str]) -> bool:

@@ -23,10 +23,15 @@ class StampOrder:
     def check(self, stamp_ns: int, backward_jump_s: float) -> float:
         """Return the seconds since the last image, 0 at the first; negative: time jumped back.
 
-        Raises :class:`InputError` for an image that is less late than ``backward_jump_s``, and for
+        Raises :class:`InputError` for an image without a stamp, which 0 means in ROS, for one that
+        is less late than ``backward_jump_s``, and for
         one that is more than an hour away from the last one unless the one before it, likewise
         refused, leads up to it.
         """
+        if stamp_ns <= 0:
+            raise InputError(
+                f'the image has no stamp ({stamp_ns} ns); does the camera driver set it?'
+            )
         before, self._leapt_to_ns = self._leapt_to_ns, None
         if self.last_ns is None:
             return 0.0

@@ -1,5 +1,6 @@
 """The small parts of the node, without a graph: figures, frames, rates, the record of poses."""
 
+import json
 import logging
 import shutil
 
@@ -7,7 +8,8 @@ import numpy as np
 import pytest
 import yaml
 
-from stream3r_core.config import flatten
+from stream3r_core.checkpoints import WeightsInfo
+from stream3r_core.config import flatten, from_dict
 from stream3r_core.errors import ConfigError, InputError, OutputError
 from stream3r_core.evaluation.trajectory_files import read_trajectory
 from stream3r_core.mapping import MapCloud, load_ply
@@ -24,6 +26,7 @@ from stream3r_ros.logging_bridge import MAX_KINDS, RosLogHandler, Throttled
 from stream3r_ros.options import read_options
 from stream3r_ros.outputs import TOPICS
 from stream3r_ros.parameters import nest
+from stream3r_ros.provenance import Provenance
 from stream3r_ros.publishers import RateLimit
 from stream3r_ros.recorder import PoseRecorder, Snapshot, save_snapshot
 from stream3r_ros.resources import resource
@@ -145,16 +148,21 @@ def snapshot():
     recorder.add(1_700_000_000_123_456_789, pose(2))
     points = np.arange(9, dtype=np.float32).reshape(3, 3)
     cloud = MapCloud(points, np.full((3, 3), 7, np.uint8), np.ones(3, np.float32))
-    return Snapshot(recorder.trajectory(), cloud, recorder.num_forgotten)
+    weights = WeightsInfo('shipped:tiny', 'tiny.safetensors', 'abc', 2, 3)
+    made_with = Provenance(weights, NodeConfig(map_frame='kitchen'))
+    return Snapshot(recorder.trajectory(), cloud, recorder.num_forgotten, made_with)
 
 
 def test_a_snapshot_is_written_and_reads_back(tmp_path):
     config = SaveMapConfig(directory=str(tmp_path / 'a' / 'b'))
-    map_file, trajectory_file = save_snapshot(snapshot(), config)
+    map_file, trajectory_file, made_with = save_snapshot(snapshot(), config)
     np.testing.assert_array_equal(load_ply(map_file).points_xyz, snapshot().cloud.points_xyz)
     trajectory = read_trajectory(trajectory_file)
     assert trajectory.stamps_ns.tolist() == [1_700_000_000_123_456_789]
     np.testing.assert_array_equal(trajectory.T_world_camera, [pose(2)])
+    said = json.loads(made_with.read_text())
+    assert (made_with.name, said['weights']['sha256']) == ('map.json', 'abc')
+    assert from_dict(NodeConfig, said['config']) == NodeConfig(map_frame='kitchen')
 
 
 def test_a_snapshot_that_cannot_be_written_says_where(tmp_path):
@@ -166,7 +174,8 @@ def test_a_snapshot_that_cannot_be_written_says_where(tmp_path):
 def test_names_and_formats_of_the_files_are_options(tmp_path):
     config = SaveMapConfig(str(tmp_path), 'kitchen-2', 'walk_1.a', ply=False, pcd=True)
     paths = save_snapshot(snapshot(), config)
-    assert paths == [tmp_path / 'kitchen-2.pcd', tmp_path / 'walk_1.a.tum']
+    names = ('kitchen-2.pcd', 'walk_1.a.tum', 'kitchen-2.json')
+    assert paths == [tmp_path / name for name in names]
     assert sorted(tmp_path.iterdir()) == sorted(paths)
     assert b'POINTS 3' in paths[0].read_bytes()
 

@@ -77,7 +77,7 @@ def test_a_signal_ends_the_node_in_every_state_and_its_map_is_saved(
     else:
         assert read_trajectory(folder / 'trajectory.tum').stamps_ns.tolist() == [stamp(0)]
         assert len(load_ply(folder / 'map.ply')) > 0
-        assert f'saved {folder}/map.ply, {folder}/trajectory.tum' in live.log
+        assert f'saved {folder}/map.ply, {folder}/trajectory.tum, {folder}/map.json' in live.log
     live.wait_until_gone()
 
 

@@ -1,6 +1,7 @@
 """What goes wrong is said, counted and survived: bad messages, time jumps, failures."""
 
 import array
+import json
 import os
 
 import numpy as np
@@ -225,13 +226,14 @@ def test_save_map_writes_map_and_trajectory_and_says_where(live, tmp_path):
     answer = live.call('save_map')
     assert answer.success, answer.message
     paths = answer.message.split('\n')
-    assert paths == [str(folder / 'map.ply'), str(folder / 'trajectory.tum')]
+    assert paths == [str(folder / name) for name in ('map.ply', 'trajectory.tum', 'map.json')]
+    assert json.loads((folder / 'map.json').read_text())['weights']['source'] == 'random'
     trajectory = read_trajectory(paths[1])
     assert trajectory.stamps_ns.tolist() == [stamp(0), stamp(1), stamp(2)]
     live.wait_until(lambda: live.received['~/map'])
     live.wait_until(lambda: live.received['~/map'][-1].width == len(load_ply(paths[0])))
     assert len(load_ply(paths[0])) > 0
-    assert sorted(p.name for p in folder.iterdir()) == ['map.ply', 'trajectory.tum']
+    assert sorted(str(p) for p in folder.iterdir()) == sorted(paths)
 
 
 def test_pause_drops_images_and_resume_goes_on_with_the_session(live):

@@ -15,7 +15,7 @@ from stream3r_ros.bag import BagReader, BagWriter
 from stream3r_ros.cli import main
 from stream3r_ros.conversions import stamp_ns
 from stream3r_ros.messages import rclpy_class, rosbags_messages
-from stream3r_ros.player import LATCHED_SET, BagProgramme
+from stream3r_ros.player import LATCHED_SET, BagProgramme, Thinned
 from stream3r_ros.qos import LATCHED, SENSOR_DATA, Qos
 
 pytestmark = pytest.mark.ros
@@ -70,6 +70,15 @@ def listen(node):
 def start(spawn, *arguments):
     streams = {'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT}
     return spawn('-m', 'stream3r_ros.player', *arguments, cwd=ROOT, **streams)
+
+
+def test_every_third_image_with_all_other_messages(bag):
+    with BagReader(bag) as reader:
+        programme = BagProgramme(reader, [IMAGE, INFO])
+        everything, thinned = list(programme), list(Thinned(programme, 3))
+    images = [item.due_ns for item in everything if item.topic == IMAGE]
+    assert [item.due_ns for item in thinned if item.topic == IMAGE] == images[::3]
+    assert [i.due_ns for i in thinned if i.topic == INFO] == images
 
 
 def test_images_arrive_as_recorded_and_the_truth_never_on_tf(bag, spawn, listen, node, spin_until):

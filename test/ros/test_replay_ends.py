@@ -147,7 +147,8 @@ def test_what_cannot_be_read_says_so_before_anything_is_written(tmp_path, capsys
     out = ('--output', tmp_path / 'out', *SMALL)
     assert 'no such file' in fails(capsys, tmp_path / 'nowhere', *out)
     assert 'cannot be opened as a video' in fails(capsys, tmp_path / 'text.txt', *out)
-    assert 'holds no image' in fails(capsys, tmp_path / 'empty', *out)
+    empty = fails(capsys, tmp_path / 'empty', *out)
+    assert 'holds no image' in empty and 'no bag either (metadata.yaml' in empty
     assert 'several inputs must all be image files' in fails(capsys, bag, tmp_path / 'empty', *out)
     assert "no topic '/none'" in fails(capsys, bag, '--image-topic', '/none', *out)
     assert 'are for bags' in fails(capsys, tmp_path / 'empty', '--camera-info', '/x', *out)
@@ -207,3 +208,21 @@ def test_a_bag_without_a_usable_image_fails_and_says_why(tmp_path, capsys):
     assert 'set the parameter camera_frame' in summary['refused'][0]
     args = ('--overwrite', '--set', 'camera_frame=cam')
     assert replay(tmp_path / 'out', tmp_path / 'bag', *args)['images_out'] == 1
+
+
+def test_images_without_a_stamp_are_refused_as_the_node_does(tmp_path, capsys):
+    def unstamped(index):
+        image = rgb(index)
+        image.header.stamp.sec = image.header.stamp.nanosec = 0
+        return image
+
+    with BagWriter(tmp_path / 'bag') as bag:
+        for index in range(3):
+            message = unstamped(index) if index == 0 else rgb(index)
+            bag.write('/camera/image_raw', message, stamp(index))
+    summary = replay(tmp_path / 'out', tmp_path / 'bag')
+    assert (summary['images_out'], summary['images_refused']) == (2, 1)
+    assert 'the image has no stamp (0 ns)' in summary['refused'][0]
+    made_with = json.loads((tmp_path / 'out' / 'map.json').read_text())
+    assert made_with['weights'] == summary['weights']
+    assert made_with['config']['image']['long_side'] == 56
