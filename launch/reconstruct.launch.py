@@ -94,19 +94,20 @@ def actions(context: LaunchContext) -> list:
     )
     started = [node]
     if given['rviz'] == 'true':
-        started.append(rviz(image_topic, given.get('namespace', '')))
+        started.append(rviz(image_topic, given.get('namespace', ''), given.get('map_frame', '')))
     if 'bag' in given:
         command = [ExecutableInPackage('stream3r', 'stream3r_ros'), 'play', given['bag']]
         started.append(ExecuteProcess(cmd=command, output='screen'))
     return started
 
 
-def rviz(image_topic: str, namespace: str) -> Node:
+def rviz(image_topic: str, namespace: str, map_frame: str) -> Node:
+    fixed_frame = ['-f', map_frame] if map_frame else []
     here = '/'.join(['', *namespace.strip('/').split('/'), NODE_NAME]).replace('//', '/')
     return Node(
         package='rviz2',
         executable='rviz2',
-        arguments=['-d', str(resource('config/reconstruct.rviz'))],
+        arguments=['-d', str(resource('config/reconstruct.rviz')), *fixed_frame],
         remappings=[
             ('/camera/image_raw', image_topic),
             *((f'/{NODE_NAME}/{topic}', f'{here}/{topic}') for topic in SHOWN),

@@ -53,7 +53,8 @@ class Uncertainty:
     ``translation`` and ``rotation``: of a pose against the first camera; ``step_*``: against the
     frame before. Translations are parts of the frame's median depth, rotations rad, and confidence
     is :func:`mean_confidence`; ``depth`` is relative, from a pixel's own confidence. The scale of
-    a session is not part of any: lengths are in map units.
+    a session is not part of any: lengths are in map units. ``*_confidence`` are mean confidences
+    of images that show nothing, in sessions that were well before.
     """
 
     translation: ErrorModel
@@ -61,6 +62,8 @@ class Uncertainty:
     step_translation: ErrorModel
     step_rotation: ErrorModel
     depth: ErrorModel
+    covered_confidence: float  # 99 % of the images of a covered lens have less
+    noise_confidence: float  # 99 % of the images of pure noise have less
 
 
 def mean_confidence(depth_conf: Tensor) -> float:

@@ -97,22 +97,27 @@ class TrackingConfig:
     """When poses are to be doubted: state OK, DEGRADED or LOST on /diagnostics."""
 
     min_confidence: float = option(
-        1.5,
-        'mean confidence of an image (1 = none) below which tracking is DEGRADED',
-        minimum=1.0,
+        0.0,
+        'mean confidence of an image (1 = none) below which tracking is DEGRADED; 0 = as fitted '
+        'to the weights, else 1.5',
+        minimum=0.0,
         live=True,
     )
     lost_confidence: float = option(
-        1.1, 'mean confidence below which an image counts as lost', minimum=1.0, live=True
+        0.0,
+        'mean confidence below which an image counts as lost; 0 = as fitted to the weights, else '
+        '1.1',
+        minimum=0.0,
+        live=True,
     )
     max_parallax: float = option(
-        0.5,
+        0.2,
         'motion between two images, over the median depth, above which a pose has jumped',
         minimum=0.0,
         live=True,
     )
     max_turn: float = option(
-        0.8, 'rad between two images above which a pose has jumped', minimum=0.0, live=True
+        0.35, 'rad between two images above which a pose has jumped', minimum=0.0, live=True
     )
     patience: int = option(
         5, 'images in a row that make LOST, or bring tracking back', minimum=1, live=True

@@ -33,7 +33,7 @@ from stream3r_ros.tf import (
     odometry_frame,
     upright_map,
 )
-from stream3r_ros.tracking import OK, TrackingState
+from stream3r_ros.tracking import OK, TrackingState, with_fitted_limits
 from stream3r_ros.transforms import TransformBuffer, TransformError
 
 CAMERA_INFO_WAIT_S = 1.0
@@ -173,7 +173,8 @@ class LiveReconstruction:
         return self._baseline.ratio(T_world_camera, T_odom_camera, config.scale)
 
     def _track(self, prediction: FramePrediction, config: NodeConfig) -> None:
-        before, options = self._tracking.state, config.tracking
+        before = self._tracking.state
+        options = with_fitted_limits(config.tracking, self._publishers.outputs.uncertainty)
         state = self._tracking.update(prediction, options)
         if state != before:
             say = _log.info if state == OK else _log.warning

@@ -1,14 +1,16 @@
 """Can the poses be believed? A state from confidence and motion, with hysteresis."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
 from stream3r_core.types import FramePrediction
-from stream3r_core.uncertainty import mean_confidence, median_depth
+from stream3r_core.uncertainty import Uncertainty, mean_confidence, median_depth
 from stream3r_ros.config import TrackingConfig
 
 OK, DEGRADED, LOST = 'OK', 'DEGRADED', 'LOST'
+_UNFITTED = {'min_confidence': 1.5, 'lost_confidence': 1.1}  # chosen
 
 
 class Quality(NamedTuple):
@@ -53,6 +55,19 @@ class TrackingState:
             self.state = DEGRADED
         self.num_lost = self.num_lost + 1 if self.state == LOST else 0
         return self.state
+
+
+def with_fitted_limits(config: TrackingConfig, fitted: Uncertainty | None) -> TrackingConfig:
+    """Return the options with the confidences that are left open (0) filled in.
+
+    An image that is no better than pure noise is doubtful, one no better than a covered lens lost.
+    """
+    limits = _UNFITTED
+    if fitted is not None:
+        lost = fitted.covered_confidence
+        limits = {'min_confidence': max(fitted.noise_confidence, lost), 'lost_confidence': lost}
+    filled = {name: limit for name, limit in limits.items() if not getattr(config, name)}
+    return replace(config, **filled)
 
 
 def judge(quality: Quality, config: TrackingConfig) -> str:

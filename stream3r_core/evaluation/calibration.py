@@ -36,6 +36,7 @@ from stream3r_core.uncertainty import (
 
 FIT_SEED, CHECK_SEED = (1 << 40) + 2_000_000, (1 << 40) + 3_000_000  # no training room
 LENGTHS = (30, 30, 60, 120)  # frames of the streams, in turn
+USUAL_FRAMES, NONSENSE_FRAMES = 15, 20  # before an eye is shut, and after
 PIXEL_STRIDE = 37  # every so many pixels of a depth image are enough
 QUANTITIES = ('translation', 'rotation', 'step_translation', 'step_rotation', 'depth')
 _MAX_FRAMES = (1, 5, 10, 20, 30, 50, 80, 120)  # tried for the end of growth
@@ -163,14 +164,34 @@ def collect(rooms: Iterable[dict[str, Errors]]) -> dict[str, Errors]:
     }
 
 
-def fit_uncertainty(samples: dict[str, Errors]) -> Uncertainty:
+def fit_uncertainty(samples: dict[str, Errors], nonsense: dict[str, np.ndarray]) -> Uncertainty:
     """Fit all quantities; only errors against the first camera grow with time."""
-    return Uncertainty(
-        **{
-            name: fit_error_model(samples[name], grows=name in ('translation', 'rotation'))
-            for name in QUANTITIES
-        }
-    )
+    models = {
+        name: fit_error_model(samples[name], grows=name in ('translation', 'rotation'))
+        for name in QUANTITIES
+    }
+    limits = {
+        f'{what}_confidence': float(np.quantile(confidence, 0.99))
+        for what, confidence in nonsense.items()
+    }
+    return Uncertainty(**models, **limits)
+
+
+def nonsense_confidence(model, mode: str, seed: int, rooms: int) -> dict[str, np.ndarray]:
+    """Return mean confidences of images that show nothing, after some that do."""
+    rng = np.random.default_rng(seed)
+    session, seen = _session(model, mode), {'covered': [], 'noise': []}
+    for room in range(rooms):
+        sequence = render_sequence(seed + room, USUAL_FRAMES, *_size_hw(model))
+        shape = sequence.images.shape[1:]
+        for what, confidence in seen.items():
+            _stream(session, sequence)
+            for _ in range(NONSENSE_FRAMES):
+                dark = 8 + 3 * rng.standard_normal(shape)  # a sensor's own noise
+                image = dark if what == 'covered' else rng.uniform(0, 256, shape)
+                answer = session.step(image.clip(0, 255).astype(np.uint8))
+                confidence.append(mean_confidence(answer.depth_conf.cpu()))
+    return {what: np.array(confidence) for what, confidence in seen.items()}
 
 
 def stream_rooms(model, modes: Sequence[str], seed: int, rooms: int) -> dict[str, dict]:
@@ -180,15 +201,23 @@ def stream_rooms(model, modes: Sequence[str], seed: int, rooms: int) -> dict[str
 
 
 def _rooms(model, modes: Sequence[str], seed: int, rooms: int) -> Iterator[dict[str, dict]]:
-    width = model.config.img_size
-    size_hw = width * 3 // 4 // model.config.patch_size * model.config.patch_size, width
-    sessions = {mode: StreamSession(model, mode=mode, outputs=('depth',)) for mode in modes}
+    size_hw = _size_hw(model)
+    sessions = {mode: _session(model, mode) for mode in modes}
     for room in range(rooms):
         sequence = render_sequence(seed + room, LENGTHS[room % len(LENGTHS)], *size_hw)
         yield {
             mode: room_errors(sequence, _stream(session, sequence))
             for mode, session in sessions.items()
         }
+
+
+def _size_hw(model) -> tuple[int, int]:
+    width, patch = model.config.img_size, model.config.patch_size
+    return width * 3 // 4 // patch * patch, width
+
+
+def _session(model, mode: str) -> StreamSession:
+    return StreamSession(model, mode=mode, outputs=('depth',))
 
 
 def _stream(session: StreamSession, sequence: SyntheticSequence) -> list[FramePrediction]:
@@ -201,7 +230,10 @@ def calibrate(weights: Path, modes: Sequence[str], rooms: int) -> Path:
     model = load_model(None, weights)
     fit_samples = stream_rooms(model, modes, FIT_SEED, rooms)
     check_samples = stream_rooms(model, modes, CHECK_SEED, rooms)
-    fitted = {mode: fit_uncertainty(samples) for mode, samples in fit_samples.items()}
+    fitted = {
+        mode: fit_uncertainty(samples, nonsense_confidence(model, mode, FIT_SEED, 1 + rooms // 4))
+        for mode, samples in fit_samples.items()
+    }
     checked = {
         mode: {
             name: coverage(check_samples[mode][name], getattr(fitted[mode], name))._asdict()

@@ -108,12 +108,15 @@ def test_errors_are_measured_in_parts_of_the_depth_whatever_the_unit():
     np.testing.assert_allclose(made['step_rotation'].errors, difference, atol=1e-3)
     np.testing.assert_allclose(made['depth'].errors, 0.0, atol=1e-5)
     np.testing.assert_array_equal(made['rotation'].confidence, [2 + i % 3 for i in range(1, 60)])
-    assert fit_uncertainty(made).translation.scale > 0
+    nothing = {'covered': np.linspace(1, 1.1, 101), 'noise': np.full(5, 1.2)}
+    fitted = fit_uncertainty(made, nothing)
+    assert fitted.translation.scale > 0
+    assert (fitted.covered_confidence, fitted.noise_confidence) == pytest.approx((1.099, 1.2))
 
 
 def test_a_written_fit_is_read_back_for_its_weights_and_no_others(tmp_path, caplog):
     path = uncertainty_path(tmp_path / 'net.safetensors')
-    fitted = {'window': Uncertainty(TRUE, TRUE, TRUE, TRUE, TRUE)}
+    fitted = {'window': Uncertainty(TRUE, TRUE, TRUE, TRUE, TRUE, 1.05, 1.2)}
     assert read_uncertainty(path, 'abc') == {}
     write_uncertainty(path, 'abc', fitted, {'rooms': 3})
     assert read_uncertainty(path, 'abc') == fitted

@@ -24,6 +24,8 @@ FITTED = Uncertainty(
     step_translation=ErrorModel(0.005, 0.5),
     step_rotation=ErrorModel(0.002, 0.5),
     depth=ErrorModel(0.1, 1.0),
+    covered_confidence=1.05,
+    noise_confidence=1.2,
 )
 TRUST = 4.1**-0.5  # confidence 5.0
 BODY = np.eye(4)  # T_body_camera

@@ -4,10 +4,13 @@ import numpy as np
 import pytest
 import torch
 
+from stream3r_core.checkpoints import load_model
 from stream3r_core.image import ImageGeometry
+from stream3r_core.session import StreamSession
+from stream3r_core.synthetic import render_sequence
 from stream3r_core.types import FramePrediction
 from stream3r_ros.config import TrackingConfig
-from stream3r_ros.tracking import DEGRADED, LOST, OK, TrackingState
+from stream3r_ros.tracking import DEGRADED, LOST, OK, TrackingState, with_fitted_limits
 
 CONFIG = TrackingConfig(
     min_confidence=2.0, lost_confidence=1.2, max_parallax=0.5, max_turn=0.5, patience=3
@@ -100,3 +103,30 @@ def test_a_few_pixels_of_endless_confidence_do_not_hide_the_rest():
     tracking = TrackingState()
     tracking.update(frame, CONFIG)
     assert tracking.quality.confidence < 6
+
+
+def test_limits_that_are_left_open_come_from_the_weights():
+    fitted = load_model('tiny').uncertainties['window']
+    filled = with_fitted_limits(TrackingConfig(), fitted)
+    assert filled.lost_confidence == fitted.covered_confidence
+    assert filled.min_confidence >= filled.lost_confidence > 1
+    chosen = with_fitted_limits(TrackingConfig(min_confidence=3.0), fitted)
+    assert (chosen.min_confidence, chosen.lost_confidence) == (3.0, fitted.covered_confidence)
+    assert with_fitted_limits(TrackingConfig(), None).min_confidence == 1.5
+    assert with_fitted_limits(CONFIG, fitted) == CONFIG
+
+
+def test_a_covered_lens_is_lost_and_a_room_is_not():
+    """The shipped network in rooms that no fit has seen, and then behind a hand; three of four."""
+    model, rng = load_model('tiny'), np.random.default_rng(0)
+    limits = with_fitted_limits(TrackingConfig(), model.uncertainties['window'])
+    session, ends = StreamSession(model, mode='window', outputs=('depth',)), []
+    for seed in range(4):
+        room = render_sequence((1 << 40) + 5_000_000 + seed, 12, 48, 64)
+        dark = rng.normal(8, 3, (12, *room.images.shape[1:])).clip(0, 255).astype(np.uint8)
+        session.reset()
+        tracking = TrackingState()
+        seen = [tracking.update(session.step(image), limits) for image in (*room.images, *dark)]
+        assert seen[12] != OK
+        ends.append((seen[11] != LOST, seen[-1] == LOST))
+    assert np.sum(ends, 0).min() >= 3, ends
