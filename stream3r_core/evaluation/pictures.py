@@ -153,7 +153,7 @@ def map_errors(result: MapErrors) -> Figure:
         (result.truth, result.errors.completeness_m, 'true map: completeness'),
     )
     first, second, _ = np.argsort(-np.ptp(result.truth, axis=0))
-    low, high = np.percentile(result.truth, (0.5, 99.5), axis=0)
+    low, high = map_limits(result.truth, result.prediction)
     for axis, (points, errors, title) in zip(axes[0], parts):
         drawn = slice(None, None, max(1, len(points) // MAX_DRAWN_POINTS))
         dots = axis.scatter(
@@ -167,19 +167,33 @@ def map_errors(result: MapErrors) -> Figure:
             linewidths=0,
             rasterized=True,
         )
-        margin = 0.15 * (high - low)
         axis.set(
             title=title,
             xlabel=f'{"xyz"[first]} (m)',
             ylabel=f'{"xyz"[second]} (m)',
-            xlim=(low[first] - margin[first], high[first] + margin[first]),
-            ylim=(low[second] - margin[second], high[second] + margin[second]),
+            xlim=(low[first], high[first]),
+            ylim=(low[second], high[second]),
         )
         axis.set_aspect('equal')
     figure.colorbar(dots, ax=axes[0].tolist(), label='distance to the nearest point (m)')
     return _finished(
         figure, f'Map errors, seen along {"xyz"[np.argmin(np.ptp(result.truth, axis=0))]}.'
     )
+
+
+def map_limits(truth: np.ndarray, prediction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest and highest corner [3] of what is drawn: the true map with a margin.
+
+    Where most of the predicted points lie outside of that, it is widened to hold them.
+    """
+    low, high = np.percentile(truth, (0.5, 99.5), axis=0)
+    margin = 0.15 * (high - low)
+    low, high = low - margin, high + margin
+    inside = ((prediction >= low) & (prediction <= high)).all(axis=1)
+    if inside.mean() < 0.5:
+        corners = np.percentile(prediction, (2, 98), axis=0)
+        low, high = np.minimum(low, corners[0]), np.maximum(high, corners[1])
+    return low, high
 
 
 def predicted_map(cloud: MapCloud) -> Figure:

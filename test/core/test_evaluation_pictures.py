@@ -8,7 +8,7 @@ from scipy.spatial.transform import Rotation
 
 from stream3r_core.evaluation.depth import depth_errors
 from stream3r_core.evaluation.html import write_html
-from stream3r_core.evaluation.pictures import Strip, dot_size, strip_maps, views
+from stream3r_core.evaluation.pictures import Strip, dot_size, map_limits, strip_maps, views
 from stream3r_core.evaluation.report import Report
 
 OPTICAL_IN_Z_UP = np.array([[0.0, 0, 1], [-1, 0, 0], [0, -1, 0]])  # looks along x, its y is down
@@ -42,6 +42,13 @@ def test_strips_show_the_aligned_prediction_and_no_error_where_there_is_no_truth
     np.testing.assert_allclose(shown, [[1, 2, 4], [nan, 3, 5]])
     np.testing.assert_allclose(aligned, [[1, 2.2, nan], [0, 3, 5]], atol=1e-5)
     np.testing.assert_allclose(error, [[0, 0.1, nan], [nan, 0, 0]], atol=1e-5)
+
+
+def test_a_map_that_lies_far_from_the_true_one_is_in_the_picture_all_the_same():
+    truth = np.random.default_rng(0).random((1000, 3))
+    near, far = map_limits(truth, truth + 0.01), map_limits(truth, truth + 5)
+    assert (near[0] > -0.2).all() and (near[1] < 1.2).all()
+    assert (far[0] == near[0]).all() and (far[1] > 5.9).all()
 
 
 def test_dots_grow_where_points_are_few():
