@@ -265,7 +265,7 @@ def evaluate_task(
         task.config.evaluation,
         is_interrupted,
         more_truths,
-        _source(task),
+        _source(task, pipeline.model.weights_info.sha256),
     )
     if not task.bag:
         return compared()
@@ -281,15 +281,15 @@ def core_config(config: EvaluateConfig) -> CoreConfig:
     return CoreConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(CoreConfig)})
 
 
-def _source(task: Task) -> dict[str, Any]:
+def _source(task: Task, weights_sha256: str) -> dict[str, Any]:
     """What the report says about where the input came from, and the digest of the task."""
     names = ('inputs', 'dataset', 'image_topic', 'depth', 'ground_truth', 'ground_truth_body')
     told = {name: getattr(task, name) for name in names if getattr(task, name)}
     told = {k: list(v) if isinstance(v, tuple) else v for k, v in told.items()}
-    return told | {'digest': task_digest(task)}
+    return told | {'digest': task_digest(task, weights_sha256)}
 
 
-def task_digest(task: Task) -> str:
+def task_digest(task: Task, weights_sha256: str) -> str:
     """Digest of all that the results of a task depend on: options, weights, code and files."""
     root, *more = task.inputs
     if task.dataset and (Path(root) / more[0]).is_dir():
@@ -300,7 +300,7 @@ def task_digest(task: Task) -> str:
     files = [files_digest(path) for path in paths]
     facts = {f.name: getattr(task, f.name) for f in dataclasses.fields(Task)}
     facts |= {'config': to_dict(task.config), 'folder': ''}  # results may be moved
-    return digest(facts, files, weights_digest(task.config.model), code_version())
+    return digest(facts, files, weights_sha256, code_version())
 
 
 def is_done(task: Task) -> bool:
@@ -309,7 +309,8 @@ def is_done(task: Task) -> bool:
         report = read_report(task.folder / REPORT_JSON)
     except DataError:
         return False
-    if report.interrupted or report.source.get('digest') != task_digest(task):
+    digest_now = task_digest(task, weights_digest(task.config.model))
+    if report.interrupted or report.source.get('digest') != digest_now:
         return False
     return not any(_is_installed(skipped.package) for skipped in report.skipped)
 
