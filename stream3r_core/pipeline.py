@@ -158,7 +158,7 @@ def free_gpu_memory(device: torch.device) -> None:
 def limit_gpu_memory(fraction: float, device: torch.device) -> None:
     """Let this process take at most a fraction of a GPU's memory; a CPU has no such limit."""
     if device.type == 'cuda':
-        torch.cuda.set_per_process_memory_fraction(fraction, device)
+        torch.cuda.set_per_process_memory_fraction(fraction, device.index)
     else:
         _log.warning('model.max_gpu_memory has no effect: the network runs on %s', device)
 
