@@ -157,7 +157,7 @@ def _publisher(config: NodeConfig) -> Iterator[Publish]:
             publishers = Publishers(node, config)
             _subscribe(node)
             camera = Carrier(CAMERA_FRAME, np.eye(4))
-            yield lambda frame: publishers.publish(frame, CAMERA_FRAME, config, camera)
+            yield lambda frame: publishers.publish(frame, CAMERA_FRAME, config, camera, camera)
         finally:
             node.destroy_node()
             rclpy.try_shutdown(context=context)
