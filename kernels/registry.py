@@ -64,7 +64,9 @@ def _refuse_triton(request: Request) -> str | None:
         return f'runs on cuda, not on {request.device} (interpreter: tests only)'
     if not 16 <= request.head_dim <= 128:
         return f'serves head widths 16 to 128, not {request.head_dim}'
-    return triton_support.unavailable()
+    if request.dtype not in (*HALF, torch.float32):
+        return f'serves float16, bfloat16 and float32, not {request.dtype}'
+    return triton_support.unavailable(request.dtype)
 
 
 def _refuse_tiled(request: Request) -> str | None:

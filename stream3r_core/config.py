@@ -9,7 +9,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from stream3r_core.backend.config import BackendConfig
 from stream3r_core.errors import ConfigError
@@ -221,6 +221,8 @@ class CacheConfig:
     'stac_paper'); its switches are the ablations of this one.
     """
 
+    tree: ClassVar[str] = 'cache'  # name of these options in the configuration tree
+
     max_bytes: int = option(
         0,
         'everything the cache may hold on the device; 0 = the keys and values of 23 frames',
@@ -314,6 +316,8 @@ class CacheConfig:
 @dataclass(frozen=True)
 class PublishedCacheConfig(CacheConfig):
     """The published method, without the repairs that :class:`CacheConfig` makes."""
+
+    tree: ClassVar[str] = 'cache_paper'
 
     bounded: bool = option(False, 'hold max_bytes; false: the spatial pool grows with the scene')
     chunk_size: int = option(4, 'frames processed together', minimum=1, maximum=8)

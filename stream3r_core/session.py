@@ -92,6 +92,11 @@ class StreamSession:
         """Frames that are processed together; 1 in all modes without chunks."""
         return 1 if self.cache_config is None else self.cache_config.chunk_size
 
+    @property
+    def num_waiting(self) -> int:
+        """Images that wait for their chunk to fill."""
+        return len(self._waiting)
+
     @torch.inference_mode()
     def reset(self) -> None:
         """Start a new stream: the next frame becomes the anchor. Allocated memory is kept."""
@@ -136,18 +141,23 @@ class StreamSession:
                 f'a chunk takes 1 to {self.chunk_size} images, got {len(images)}, with '
                 f'{len(self._waiting)} waiting from step (flush them first)'
             )
+        nothing = [None] * len(images)
+        stamps_ns, Ks = (nothing if x is None else x for x in (stamps_ns, Ks))
+        if not len(stamps_ns) == len(Ks) == len(images):
+            raise InputError(
+                f'a chunk of {len(images)} images takes as many stamps and intrinsics, got '
+                f'{len(stamps_ns)} and {len(Ks)}'
+            )
         try:
-            for i, image in enumerate(images):
-                stamp_ns, K = (None if x is None else x[i] for x in (stamps_ns, Ks))
+            for image, stamp_ns, K in zip(images, stamps_ns, Ks):
                 self._waiting.append(self._prepared(image, stamp_ns, K))
-        except InputError:
+        except BaseException:
             self._waiting = []  # a chunk is taken whole or not at all
             raise
         return self.flush()
 
     def _prepared(self, image, stamp_ns: int | None, K: Tensor | None) -> _Waiting:
-        if K is not None and tuple(K.shape) != (3, 3):
-            raise InputError(f'expected intrinsics K [3, 3], got {list(K.shape)}')
+        K = None if K is None else _intrinsics(K)
         frame, geometry = prepare(image, self.image_config, self.model.config)
         self._check_frame(frame)
         return _Waiting(frame, geometry, stamp_ns, K)
@@ -253,6 +263,22 @@ class StreamSession:
             )
 
 
+def _intrinsics(K) -> Tensor:
+    """Return intrinsics [3, 3], given as anything like an array, as a tensor."""
+    try:
+        K = torch.as_tensor(K)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f'expected intrinsics K [3, 3], got {K!r}: {error}') from error
+    K = K if K.is_floating_point() else K.float()
+    if tuple(K.shape) != (3, 3):
+        raise InputError(f'expected intrinsics K [3, 3], got {list(K.shape)}')
+    if not (K.isfinite().all() and (K.diagonal() > 0).all()):
+        raise InputError(
+            f'expected intrinsics K, finite and with positive focal lengths, got {K.tolist()}'
+        )
+    return K
+
+
 @torch.inference_mode()
 def to_prediction(
     raw: dict[str, Tensor],
@@ -267,7 +293,7 @@ def to_prediction(
     height, width = frame.shape[-2:]
     T_camera_world, K = decode_pose(raw['pose_enc'].float(), height, width)
     if K_camera is not None:
-        K = geometry.network_K(torch.as_tensor(K_camera)).to(K)
+        K = geometry.network_K(K_camera).to(K)
     return FramePrediction(
         index=index,
         stamp_ns=stamp_ns,

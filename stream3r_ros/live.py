@@ -2,7 +2,9 @@
 
 import dataclasses
 import logging
+import math
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -80,9 +82,13 @@ class LiveReconstruction:
         self._num_without_tf = self._num_without_scale = 0
         self._sigmas: Sigmas | None = None
         self._report_memory = Throttled(_log.error)
+        self._frame = ''  # of the last image
+        self.num_lost = 0  # images that were dropped with their chunk, all in all
         self._camera_info: Any = None
         self._camera_info_came = threading.Event()
         self._is_camera_info_announced = is_camera_info_announced
+        self._status_period_s = config.status.period_s
+        self._counted_at = -math.inf
         self.figures = self._figures()
 
     @property
@@ -109,34 +115,57 @@ class LiveReconstruction:
         if self._is_new:
             self._orient_map(frame, stamp, config)
         self._reconstructor.map.config = config.mapping
-        predictions = self._predictions(image, stamp, K)
+        self._frame = frame
+        predictions = self._predictions(lambda: self._reconstructor.feed(image, stamp, K))
         self._stamps.note(stamp)
         self._size_hw, self._is_new = image.shape[:2], False
-        for prediction in predictions:  # none, or a whole chunk (cache.chunk_size)
-            self._map_stamp_ns = prediction.stamp_ns
-            self._find_scale(prediction, frame, config)
-            carriers = self._carriers(frame, prediction.stamp_ns, config)
+        self._publish(predictions, config)  # none, or a whole chunk (cache.chunk_size)
+
+    def finish_chunk(self, config: NodeConfig) -> None:
+        """Process and publish the images that wait for their chunk to fill (cache.chunk_size).
+
+        Whatever error prevents it is raised; the images then count as dropped.
+        """
+        if self.num_waiting:
+            self._publish(self._predictions(self._reconstructor.flush), config)
+
+    @property
+    def num_waiting(self) -> int:
+        """Images that wait for their chunk to fill."""
+        return self._reconstructor.session.num_waiting
+
+    def _publish(self, predictions: list[FramePrediction], config: NodeConfig) -> None:
+        for prediction in predictions:  # first, for publishing ends with the ROS context
             self._recorder.add(prediction.stamp_ns, prediction.T_world_camera.numpy())
-            sent = self._publishers.publish(prediction, frame, config, *carriers)
+        for prediction in predictions:
+            self._map_stamp_ns = prediction.stamp_ns
+            self._find_scale(prediction, self._frame, config)
+            carriers = self._carriers(self._frame, prediction.stamp_ns, config)
+            sent = self._publishers.publish(prediction, self._frame, config, *carriers)
             self._sigmas = sent.sigmas
             self._track(prediction, config)
         self.figures = self._figures()
 
-    def _predictions(
-        self, image: np.ndarray, stamp: int, K: np.ndarray | None
-    ) -> list[FramePrediction]:
-        """Feed an image; where the GPU has no room for it, the session goes and the map stays."""
+    def _predictions(self, produce: Callable[[], list[FramePrediction]]) -> list[FramePrediction]:
+        """Run the session; where memory fails it, the session goes and the map stays."""
+        num_waiting = self.num_waiting
         try:
-            return self._reconstructor.feed(image, stamp, K)
+            return produce()
         except torch.OutOfMemoryError as error:
+            self._count_lost_of_chunk(num_waiting)
             reason = str(error).partition('\n')[0]
+        except Exception as error:
+            self._count_lost_of_chunk(num_waiting)
+            if self._reconstructor.session.is_broken:
+                self._begin_from_trusted_pose('incomplete_memory')
+                raise InputError(
+                    f'{type(error).__name__} while the memory of the stream was being stored '
+                    f'({error}): a new session goes on from the last trusted pose, the map stays'
+                ) from error
+            raise
         # Outside the handler: the exception holds the tensors of the failed image.
         self._reconstructor.release_session()
-        if self._trusted_pose is not None:
-            self._reconstructor.restart_at(self._trusted_pose)
-        self._tracking.reset()
-        self._restarts['out_of_memory'] += 1
-        self.figures = self._figures()
+        self._begin_from_trusted_pose('out_of_memory')
         text = (
             f'out of GPU memory ({reason}): a new session goes on from the last trusted pose, the '
             'map stays; use session.mode stac or window, smaller images, or leave the node more '
@@ -144,6 +173,18 @@ class LiveReconstruction:
         )
         self._report_memory(text)
         raise InputError(text)
+
+    def _count_lost_of_chunk(self, num_waiting: int) -> None:
+        self.num_lost += max(0, num_waiting - self.num_waiting)
+
+    def _begin_from_trusted_pose(self, reason: str) -> None:
+        """Start a new session in the same map, where tracking was last trusted."""
+        self._reconstructor.session.reset()
+        if self._trusted_pose is not None:
+            self._reconstructor.restart_at(self._trusted_pose)
+        self._tracking.reset()
+        self._restarts[reason] += 1
+        self.figures = self._figures()
 
     def _find_scale(self, prediction: FramePrediction, frame: str, config: NodeConfig) -> None:
         """Update metres per scene unit, where there is a source of metres."""
@@ -184,12 +225,17 @@ class LiveReconstruction:
         is_hopeless = options.restart_after and self._tracking.num_lost >= options.restart_after
         if is_hopeless and self._trusted_pose is not None:
             _log.warning('a new session goes on from the last trusted pose; the map stays')
-            self._restarts['lost'] += 1
-            self._reconstructor.restart_at(self._trusted_pose)
-            self._tracking.reset()
+            self._begin_from_trusted_pose('lost')
 
-    def restart(self) -> None:
-        """Start a new session: the next image is its first frame, the map is empty."""
+    def restart(self, config: NodeConfig) -> None:
+        """Start a new session: the next image is its first frame, the map is empty.
+
+        Images that wait for their chunk to fill still are part of the old one.
+        """
+        try:
+            self.finish_chunk(config)
+        except Exception as error:  # must not keep a failed session from its reset
+            self._warn(f'the images of an unfinished chunk are dropped: {error}')
         self._reconstructor.reset()
         self._publishers.reset()
         self._recorder.clear()
@@ -282,7 +328,7 @@ class LiveReconstruction:
             'time jumped back by %.3f s: a new session starts, with an empty map', -ahead_s
         )
         self._restarts['time'] += 1
-        self.restart()
+        self.restart(config)
         return stamp
 
     def _note_gap(self, gap_s: float, config: NodeConfig) -> None:
@@ -300,7 +346,7 @@ class LiveReconstruction:
                 'an empty map'
             )
             self._restarts['image_size'] += 1
-            self.restart()
+            self.restart(config)
 
     def _calibrated(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Return the image, rectified if need be, and its intrinsics [3, 3] if known."""
@@ -317,9 +363,13 @@ class LiveReconstruction:
 
     def _figures(self) -> ReconstructionFigures:
         cache, cuda = self._reconstructor.session.cache, self._device.type == 'cuda'
+        now = time.monotonic()
+        if not cuda or now - self._counted_at >= self._status_period_s:  # a GPU must be waited for
+            self._cache_tokens, self._cache_bytes = cache.num_tokens, cache.num_bytes
+            self._counted_at = now
         return ReconstructionFigures(
-            cache_tokens=cache.num_tokens,
-            cache_bytes=cache.num_bytes,
+            cache_tokens=self._cache_tokens,
+            cache_bytes=self._cache_bytes,
             cache_capacity_bytes=cache.capacity_bytes,
             map_points=self._reconstructor.map.num_points,
             frames_without_tf=self._num_without_tf,

@@ -201,7 +201,7 @@ class Stream3rNode(LifecycleNode):
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Shut images out; session and map stay."""
         self._state = 'inactive'
-        self._inference.discard_waiting()
+        self._finish_chunk()
         return super().on_deactivate(state)
 
     def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
@@ -224,6 +224,8 @@ class Stream3rNode(LifecycleNode):
         """Stop the threads; waits up to ``timeout_s`` for what they have in work."""
         self._state = 'finalized'
         end = time.monotonic() + timeout_s
+        if self._live is not None:
+            wait([self._finish_chunk()], timeout_s)
         workers = [
             worker
             for worker in (self._background, self._map_changes, self._inference)
@@ -232,6 +234,11 @@ class Stream3rNode(LifecycleNode):
         for worker in workers:
             worker.stop(max(0.0, end - time.monotonic()))
         stop_forwarding(self._log_handler)
+
+    @property
+    def num_waiting(self) -> int:
+        """Images that wait for their chunk to fill (cache.chunk_size)."""
+        return 0 if self._live is None else self._live.num_waiting
 
     def save_at_exit(self) -> list[Path]:
         """Write what ``~/save_map`` writes if ``save_map.on_exit`` is set; after :meth:`close`.
@@ -310,6 +317,17 @@ class Stream3rNode(LifecycleNode):
         self._live.process(incoming.message, self.config)
         self._statistics.processed(incoming.arrival)
 
+    def _finish_chunk(self) -> Future:
+        """Let the inference thread process the images that wait for their chunk to fill."""
+        self._inference.discard_waiting()
+        done = self._inference.submit(partial(self._live.finish_chunk, self.config))
+        done.add_done_callback(self._report_unfinished_chunk)
+        return done
+
+    def _report_unfinished_chunk(self, done: Future) -> None:
+        if done.exception() is not None and self.context.ok():
+            self.get_logger().error(f'a chunk was dropped: {_describe(done.exception())}')
+
     def _on_rejected(self, error: InputError) -> None:
         self._last_rejection = time.monotonic(), str(error)
         if self.context.ok():
@@ -365,14 +383,14 @@ class Stream3rNode(LifecycleNode):
     async def _reset(self) -> str:
         worker, live = self._configured()
         worker.discard_waiting()
-        await self._finished(worker.submit(live.restart))
+        await self._finished(worker.submit(partial(live.restart, self.config)))
         worker.clear_failure()
         return 'the next image starts a new session with an empty map'
 
     async def _pause(self) -> str:
-        worker, _ = self._configured()
+        self._configured()
         self._is_paused = True
-        worker.discard_waiting()
+        self._finish_chunk()
         return f'images are dropped until {self._name_of("resume")} is called; the session stays'
 
     async def _resume(self) -> str:
@@ -388,6 +406,7 @@ class Stream3rNode(LifecycleNode):
         worker, live = self._configured()
         config = self.config.save_map
         check_saving(config)  # before any work
+        await self._finished(worker.submit(partial(live.finish_chunk, self.config)))
         snapshot = await self._finished(worker.submit(partial(live.snapshot, self.config)))
         write = partial(save_snapshot, snapshot, config)
         paths = await self._finished(self._background.submit(write))
@@ -416,7 +435,9 @@ class Stream3rNode(LifecycleNode):
             state='failed' if failed else self._activity(),
             frames=frames,
             num_lost=self._num_lost,
-            drops=self._refused + Counter(worker.drops if worker else {}),
+            drops=self._refused
+            + Counter(worker.drops if worker else {})
+            + Counter(chunk=live.num_lost if live else 0),
             reconstruction=live.figures if live else ReconstructionFigures(),
             has_camera_info=live is not None and live.camera_info is not None,
             problem=self._problem(frames.rate_in_hz),

@@ -83,6 +83,8 @@ def _run_node(parameter_files: list[str], is_interrupted: Callable[[], bool]) ->
     node.warn_of_unused(parameter_files)
     code = _spin(node)
     node.close(CLOSE_TIMEOUT_S)
+    if node.num_waiting:
+        print(f'stream3r: {node.num_waiting} images of an unfinished chunk were dropped')
     code = max(code, _save(node))
     node.destroy_node()
     return code

@@ -115,10 +115,17 @@ def _affordable_voxels(plan: Plan, room: int) -> int:
 
 
 def _check_budget(config: CacheConfig, budget: int, needed: int) -> None:
-    if config.bounded and budget < needed:
-        raise CacheError(
-            f'cache.max_bytes allows {budget:,} bytes, but {len(config.pinned_frames)} pinned '
-            f'and {config.window} recent frames, chunks of {config.chunk_size}, '
-            f'{config.heavy_hitters} frames of heavy hitters, {config.retrieved} retrieved, and '
-            f'the least pool need {needed:,}; raise the budget or lower one of them'
-        )
+    if not config.bounded or budget >= needed:
+        return
+    option = f'{config.tree}.max_bytes'
+    if config.max_bytes:
+        allowed, remedy = f'{option} allows {budget:,} bytes', f'raise {option}'
+    else:
+        allowed = f'the default budget of {DEFAULT_FRAMES} frames is {budget:,} bytes'
+        remedy = f'set {option}'
+    raise CacheError(
+        f'{allowed}, but {len(config.pinned_frames)} pinned and {config.window} recent frames, '
+        f'chunks of {config.chunk_size}, {config.heavy_hitters} frames of heavy hitters, '
+        f'{config.retrieved} retrieved, the camera cache and the least pool need {needed:,}; '
+        f'{remedy}, or lower one of these numbers'
+    )

@@ -24,13 +24,28 @@ def resolve_cache_config(mode: str, cache: CacheConfig | None) -> CacheConfig | 
         raise ConfigError(
             f'mode {mode!r} takes a {SPATIAL_MODES[mode].__name__}, got {type(cache).__name__}'
         )
-    cache = from_dict(type(cache), dataclasses.asdict(cache), 'cache')
+    cache = from_dict(type(cache), dataclasses.asdict(cache), cache.tree)
+    _refuse_contradictions(cache)
+    return cache
+
+
+def _refuse_contradictions(cache: CacheConfig) -> None:
+    tree, pinned = cache.tree, cache.pinned_frames
     if cache.retrieved < 0 and not (cache.bounded and cache.query_retrieval):
         raise ConfigError(
-            'cache.retrieved=-1 attends to the whole pool, which needs a bound and leaves nothing '
-            'to retrieve: with bounded=false or query_retrieval=false give a number of frames'
+            f'{tree}.retrieved=-1 attends to the whole pool, which needs a bound and leaves '
+            'nothing to retrieve: with bounded=false or query_retrieval=false give a number of '
+            'frames'
         )
-    return cache
+    if cache.camera_memory == 'all' and cache.bounded:
+        raise ConfigError(
+            f"{tree}.camera_memory='all' keeps every frame for the camera head and so breaks any "
+            "budget: use 'anchors' or 'window', or bounded=false"
+        )
+    if len(set(pinned)) < len(pinned) or any(frame < 0 for frame in pinned):
+        raise ConfigError(
+            f'{tree}.pinned_frames: expected different frame numbers from 0 on, got {pinned}'
+        )
 
 
 def make_caches(

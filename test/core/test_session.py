@@ -5,7 +5,7 @@ import pytest
 import torch
 from golden_data import MAPS, MODELS, SIZES, golden, golden_network, group, images
 
-from stream3r_core.config import CacheConfig
+from stream3r_core.config import CacheConfig, ImageConfig
 from stream3r_core.errors import CacheError, ConfigError, InputError
 from stream3r_core.session import StreamSession
 
@@ -197,6 +197,32 @@ def test_an_odd_image_in_a_waiting_chunk_is_refused_and_the_chunk_goes_on():
     with pytest.raises(InputError):
         session.step_chunk([pictures[0], np.zeros((0, 3, 3), np.uint8)])
     assert session.flush() == []
+
+
+@pytest.mark.parametrize('given', ['stamps_ns', 'Ks'])
+def test_a_chunk_with_too_few_stamps_or_intrinsics_is_refused_and_nothing_waits(given):
+    session = StreamSession(golden_network('stream3r'), 'stac', cache=CacheConfig(chunk_size=2))
+    pictures = [np.full((42, 70, 3), level, np.uint8) for level in (10, 200)]
+    with pytest.raises(InputError, match='a chunk of 2 images takes as many'):
+        session.step_chunk(pictures, **{given: [1]})
+    assert session.num_waiting == 0
+
+
+@pytest.mark.parametrize(
+    'K', [np.full((3, 3), np.nan), np.diag([0.0, 50.0, 1.0]), [[1, 0], [0]], 'K']
+)
+def test_intrinsics_that_cannot_be_are_refused(K):
+    session = StreamSession(golden_network('stream3r'))
+    with pytest.raises(InputError, match='expected intrinsics K'):
+        session.step(np.zeros((42, 70, 3), np.uint8), K=K)
+    assert session.num_waiting == session.num_frames == 0
+
+
+def test_intrinsics_may_be_a_list():
+    session = StreamSession(golden_network('stream3r'), image=ImageConfig(long_side=70))
+    K = [[50, 0, 34.5], [0, 40, 20.5], [0, 0, 1]]
+    answer = session.step(np.zeros((42, 70, 3), np.uint8), K=K)
+    torch.testing.assert_close(answer.K, torch.tensor(K))
 
 
 def test_intrinsics_of_another_shape_are_refused():

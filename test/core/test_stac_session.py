@@ -106,8 +106,8 @@ def test_one_chunk_of_all_frames_is_the_full_batch_pass(model):
 @pytest.mark.parametrize('chunk_size', [2, 4])
 def test_camera_memory_all_remembers_every_frame(chunk_size):
     frames = many(SIZES[0], 12)
-    everything = replace(PLAIN, window=12, camera_memory='all', chunk_size=chunk_size)
-    bounded = replace(everything, camera_memory='window', camera_window=12)
+    bounded = replace(PLAIN, window=12, camera_window=12, chunk_size=chunk_size)
+    everything = replace(bounded, camera_memory='all', bounded=False)
     expected = in_chunks(spatial('stream3r', bounded), frames, chunk_size)
     session = spatial('stream3r', everything)
     assert_same(in_chunks(session, frames, chunk_size), expected)
@@ -285,6 +285,38 @@ def test_after_a_reset_the_stream_may_have_another_size():
     assert_same(stream(session, frames), stream(spatial('stream3r', SMALL), frames))
 
 
+# ---- bytes
+
+
+def allocated_bytes(run):
+    """Measure what the allocator gave to ``run()`` and did not get back."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        kept = run()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == '[memory]']
+    del kept
+    return sum(event.nbytes() for event in events)
+
+
+def test_what_a_session_holds_is_what_it_claims_and_never_above_the_budget():
+    frames = many(SIZES[0], 12)
+    stream(spatial('stream3r', SMALL), frames[:1])  # what the network keeps is no memory of it
+    claimed = []
+
+    def run():
+        session = spatial('stream3r', SMALL)
+        for frame in frames:
+            session.step_tensor(frame)
+            claimed.append(session.cache.capacity_bytes + session.camera_cache.capacity_bytes)
+        return session
+
+    measured = allocated_bytes(run)
+    assert len(set(claimed)) == 1 and claimed[0] <= SMALL.max_bytes
+    assert measured == pytest.approx(claimed[0], rel=0.05)
+    assert measured <= 1.05 * SMALL.max_bytes
+
+
 # ---- bad input
 
 
@@ -322,6 +354,34 @@ def test_sizes_out_of_range_are_refused(name, value):
 def test_what_contradicts_attending_to_the_whole_pool_is_refused(switch):
     with pytest.raises(ConfigError, match='needs a bound'):
         spatial('stream3r', replace(SMALL, retrieved=-1, **{switch: False}))
+
+
+def test_a_camera_memory_without_bound_contradicts_a_budget():
+    with pytest.raises(ConfigError, match=r'camera_memory.*breaks any budget'):
+        spatial('stream3r', replace(SMALL, camera_memory='all'))
+
+
+@pytest.mark.parametrize('pinned', [(-1,), (0, 0, 0)])
+def test_pinned_frames_that_cannot_be_are_refused(pinned):
+    with pytest.raises(ConfigError, match=r'cache_paper.pinned_frames: expected different'):
+        spatial('stream3r', replace(PAPER, pinned_frames=pinned), 'stac_paper')
+
+
+@pytest.mark.parametrize(
+    ('mode', 'config', 'words'),
+    [
+        ('stac', CacheConfig(window=30), ['the default budget of 23 frames', 'set cache.max']),
+        (
+            'stac_paper',
+            replace(PAPER, bounded=True, max_bytes=1000),
+            ['cache_paper.max_bytes allows 1,000', 'raise cache_paper.max_bytes'],
+        ),
+    ],
+)
+def test_a_budget_that_is_too_small_is_called_by_the_name_that_the_user_knows(mode, config, words):
+    with pytest.raises(CacheError) as error:
+        spatial('stream3r', config, mode).step_tensor(many(SIZES[0], 1)[0])
+    assert all(word in str(error.value) for word in words)
 
 
 def test_unknown_policies_and_mixed_up_profiles_are_refused():

@@ -11,7 +11,7 @@ import torch
 from attention_cases import CASES, check, inputs, measure
 
 from stream3r_core.attention import attend, attend_with_column_sums
-from stream3r_core.kernels import reference, registry, tiled
+from stream3r_core.kernels import reference, registry, tiled, triton_support
 
 ROOT = Path(__file__).resolve().parents[2]
 by_name = pytest.mark.parametrize('case', CASES, ids=lambda c: c.name)
@@ -139,6 +139,20 @@ def test_registry_says_which_backend_runs_and_why_others_cannot():
     plain = registry.explain(request._replace(bias=False, column_sums=False))
     assert plain['sdpa'] == 'runs'
     assert 'not torch.float32 on cpu' in plain['flash-attn']
+
+
+def test_triton_is_refused_for_types_that_it_or_the_gpu_cannot_compute_with(monkeypatch):
+    def refusal(dtype):
+        request = registry.Request('cuda', dtype, head_dim=64, bias=True, column_sums=True)
+        return next(b for b in registry.BACKENDS if b.name == 'triton').refusal(request)
+
+    assert 'float32, not torch.float64' in refusal(torch.float64)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda: (7, 5))
+    triton_support.unavailable.cache_clear()
+    assert '8.0 (Ampere) or newer for bfloat16' in refusal(torch.bfloat16)
+    assert 'Ampere' not in (refusal(torch.float16) or '')
+    triton_support.unavailable.cache_clear()
 
 
 def test_choosing_a_backend_on_the_cpu_loads_no_triton():
