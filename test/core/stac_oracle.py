@@ -1,4 +1,4 @@
-"""The published cache written with lists and loops: what the tensors of the package must equal.
+"""Both profiles written with lists and loops: what the tensors of the package must equal.
 
 Follows the design text (stac.md sections 2 to 5) with one Python object per token, and the row
 update of :mod:`kernels.merge_reference`.
@@ -46,8 +46,9 @@ class PublishedOracle(KVCache):
         self.T, self.special, self.config = tokens, special, config
         self.num_frames = self.chunks = 0
         self.rule = MergeRule(
-            config.buffer_size, config.num_pivots, config.absorb_threshold, config.drop_gate
-        )
+            config.buffer_size, config.num_pivots, config.absorb_threshold, config.drop_gate,
+            config.sound_merging,
+        )  # fmt: skip
         self.received = {}
 
     def update(self, layer, k, v):
@@ -73,6 +74,13 @@ class PublishedOracle(KVCache):
         self.received[layer] = column_sums[0]
 
     def commit(self, num_frames, points=None, conf=None, keep=None):
+        self.chunks += 1
+        first = self.score(num_frames, points, conf)
+        self.retrieve(first)
+        self.evict()
+
+    def score(self, num_frames, points, conf):
+        """Score all tokens and place the new ones; return the number of the first new frame."""
         first = self.num_frames
         self.num_frames += num_frames
         cells = self.cells(points, conf)
@@ -84,8 +92,9 @@ class PublishedOracle(KVCache):
                     token.score = self.config.score_decay * token.score + received
                 for token, cell in zip(head.hot[-new:], cells):
                     token.cell = cell
-        self.chunks += 1
-        self.retrieve(first)
+        return first
+
+    def evict(self):
         for heads in self.heads:
             for head in heads:
                 self.merge(head, self.prune(head))
@@ -100,10 +109,17 @@ class PublishedOracle(KVCache):
         cells = []
         for frame in small:
             cells += [None] * self.special
+            least = self.least_confidence(frame[3])
             for x, y, z, sure in frame.T.tolist():
                 cell = tuple(math.floor(c / self.config.voxel_size) for c in (x, y, z))
-                cells.append(cell if sure > self.config.min_confidence else None)
+                cells.append(cell if sure > self.config.min_confidence and sure >= least else None)
         return cells
+
+    def least_confidence(self, sure):
+        c = self.config
+        if not c.guard_points:
+            return 0.0
+        return float(sure[sure > c.min_confidence].quantile(c.confidence_quantile))
 
     def prune(self, head):
         c = self.config
@@ -132,25 +148,80 @@ class PublishedOracle(KVCache):
         begins = max(c.chunk_size + len(c.pinned_frames) + c.window + c.heavy_hitters, 16)
         if first <= begins or self.chunks % max(1, c.window // c.chunk_size):
             return
-        recent = range(self.num_frames - c.window, self.num_frames)
-        centres = {
-            t.cell for t in self.heads[0][0].hot if t.frame in recent and t.cell is not None
-        }
+        centres = self.recent_cells()
         for heads in self.heads:
             for head in heads:
-                near = [
-                    row
-                    for cell, row in head.rows.items()
-                    if any(max(abs(a - b) for a, b in zip(cell, o)) <= 2 for o in centres)
-                ]
+                near = [row for cell, row in head.rows.items() if is_near(cell, centres)]
                 pivots = sorted((p for r in near for p in r.pivots), key=lambda p: -p.weight)
                 tokens = sorted((t for r in near for t in r.buffer), key=lambda t: -t.score)
                 found = [(p.key, p.value, math.log(p.count)) for p in pivots]
                 found += [(t.key, t.value, 0.0) for t in tokens]
                 head.retrieved = found[: c.retrieved * self.T]
 
+    def recent_cells(self):
+        recent = range(self.num_frames - self.config.window, self.num_frames)
+        hot = self.heads[0][0].hot
+        return {t.cell for t in hot if t.frame in recent and t.cell is not None}
+
     def rollback(self):
         raise NotImplementedError
 
     reset = rollback
     num_tokens = num_bytes = capacity_bytes = property(rollback)
+
+
+class RepairedOracle(PublishedOracle):
+    """One step is: attend, score, place, prune, merge, retrieve what the queries ask for.
+
+    ``tiers`` notes which ranks were retrieved (2: near pivots, 1: near tokens, 0: others), and
+    ``num_capped`` how many weights had been above the cap.
+    """
+
+    needs_queries = True
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.query = {}
+        self.tiers, self.num_capped = set(), 0
+
+    def record(self, layer, column_sums=None, q=None):
+        super().record(layer, column_sums)
+        self.query[layer] = q[0].mean(1)  # [H, D]
+
+    def commit(self, num_frames, points=None, conf=None, keep=None):
+        self.score(num_frames, points, conf)
+        self.evict()
+        self.retrieve_by_query()
+
+    def retrieved_keys(self):
+        """Return per layer and head the keys of what is retrieved [n, D], best first."""
+        heads = (head for heads in self.heads for head in heads)
+        nothing = self.query[0].new_zeros(0, self.query[0].shape[1])
+        return [
+            torch.stack([r[0] for r in h.retrieved]) if h.retrieved else nothing for h in heads
+        ]
+
+    def retrieve_by_query(self):
+        c, centres = self.config, self.recent_cells()
+        for layer, heads in enumerate(self.heads):
+            for head, query in zip(heads, self.query[layer]):
+                ranked = []
+                for cell, row in head.rows.items():
+                    near = is_near(cell, centres)
+                    found = [(p.key, p.value, p.count, 2 * near) for p in row.pivots]
+                    found += [(t.key, t.value, 1, 1 * near) for t in row.buffer]
+                    for key, value, count, tier in found:
+                        bias = min(math.log(count), c.max_log_count)
+                        logit = float(key @ query) / math.sqrt(len(key)) + bias
+                        ranked.append((tier, logit, key, value, bias, count))
+                ranked.sort(key=lambda r: r[:2], reverse=True)
+                chosen = ranked[: c.retrieved * self.T]
+                head.retrieved = [(key, value, bias) for _, _, key, value, bias, _ in chosen]
+                if len(ranked) > len(chosen):
+                    self.tiers |= {tier for tier, *_ in chosen}
+                self.num_capped += sum(math.log(r[-1]) > c.max_log_count for r in chosen)
+
+
+def is_near(cell, centres):
+    """Whether a cell is at most two cells, along any axis, from one of the centres."""
+    return any(max(abs(a - b) for a, b in zip(cell, centre)) <= 2 for centre in centres)

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from waiting import forbid_waiting
 
 from stream3r_core.attention import attend, attend_with_column_sums
 from stream3r_core.cache.camera import CameraCache
@@ -55,7 +55,7 @@ class Walk:
             num_frames, height, width, generator=self.generator
         )
 
-    def step(self, num_frames=1, keep=None, points=None):
+    def step(self, num_frames=1, keep=None, points=None, change_sums=None):
         cache, layers = self.cache, L
         cache.begin(num_frames)
         for layer in range(layers):
@@ -63,6 +63,8 @@ class Walk:
             seen = cache.update(layer, k, v)
             if cache.needs_column_sums:
                 _, sums = attend_with_column_sums(q, *seen)
+                if change_sums is not None:
+                    change_sums(layer, sums)
                 cache.record(layer, sums, q if cache.needs_queries else None)
         world, conf = self.points(num_frames) if points is None else points
         cache.commit(num_frames, world, conf, keep=keep)
@@ -235,6 +237,48 @@ def test_coverage_outlives_a_long_walk():
     assert (quarters > 0.1 * quarters.sum()).all(), quarters
 
 
+def sides_of_voxels(cache):
+    """Return for each voxel slot 1 right of the way, -1 left of it, 0 if free."""
+    from stream3r_core.cache.voxel_table import NOWHERE, unpack
+
+    keys = cache.pool.voxels.key_of_slot()
+    return torch.where(unpack(keys)[:, 0] >= 0, 1, -1).masked_fill(keys == NOWHERE, 0)
+
+
+@pytest.mark.parametrize('retrieved', [1, -1])
+def test_voxels_that_are_attended_to_outlive_others(retrieved):
+    cache = make_cache(replace(SMALL, max_bytes=500_000, retrieved=retrieved))
+    walk = Walk(cache)
+
+    def look_right(layer, sums):
+        if retrieved > 0:
+            slots = cache.working.retrieved_slot[layer].long()
+        else:
+            slots = cache.pool.owner.unflatten(0, (L, H))[layer].long()
+        is_right = (slots >= 0) & (sides_of_voxels(cache)[slots] > 0)
+        hot = cache.plan.layout.hot
+        if sums.shape[2] > hot:  # all that is retrieved
+            sums[0, :, hot:] = 10.0 * is_right
+
+    for _ in range(60):
+        points, conf = walk.points(1)
+        walk.step(points=(points, torch.full_like(conf, 2.0)), change_sums=look_right)
+    sides = sides_of_voxels(cache)
+    assert int(cache.pool.books.evicted) > 0
+    assert (sides > 0).sum() > 2 * (sides < 0).sum()
+
+
+def test_voxels_of_sure_points_outlive_others():
+    cache = make_cache(replace(SMALL, max_bytes=500_000))
+    walk = Walk(cache)
+    for _ in range(60):
+        points, _ = walk.points(1)
+        walk.step(points=(points, torch.where(points[..., 0] > 0, 20.0, 2.0)))
+    sides = sides_of_voxels(cache)
+    assert int(cache.pool.books.evicted) > 0
+    assert (sides > 0).sum() > 2 * (sides < 0).sum()
+
+
 def test_the_whole_pool_can_be_attended_to_where_it_is():
     """retrieved = -1 sees what a retrieval of everything sees, without the copy."""
     copied = make_cache(replace(SMALL, retrieved=9, max_bytes=4_000_000, voxel_fraction=0.3))
@@ -260,37 +304,36 @@ def test_the_whole_pool_can_be_attended_to_where_it_is():
 # ---- the host never waits for the device
 
 
-class ForbidWaiting(TorchDispatchMode):
-    """Fails at every operation that would make the host wait for a GPU.
-
-    ``lift_fresh`` is how a tensor is made of Python numbers: of a list, say of indices, it is a
-    copy to the GPU which the host waits for; a single number goes along with the kernel.
-    """
-
-    WAITING = ('_local_scalar_dense', 'nonzero', 'masked_select', 'unique', 'bincount', 'equal')
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name.split('::')[1]
-        waits = name.startswith(self.WAITING) or (name == 'lift_fresh' and args[0].ndim)
-        assert not waits, f'{name} waits for the device'
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize('retrieved', [1, -1])
 def test_a_steady_step_never_makes_the_host_wait(monkeypatch, retrieved):
     monkeypatch.setattr(merge, 'counted_on_host', lambda device: False)
     cache = make_cache(replace(SMALL, max_bytes=500_000, retrieved=retrieved))
     walk = Walk(cache).run(20)
-    with ForbidWaiting():
+    with forbid_waiting():
         walk.run(3)
     assert int(cache.pool.books.evicted) > 0
 
 
-def test_forbid_waiting_notices_waiting():
-    with pytest.raises(AssertionError, match='lift_fresh waits'), ForbidWaiting():
-        torch.ones(3)[[0, 1]]
-    with pytest.raises(AssertionError, match='waits'), ForbidWaiting():
-        torch.ones(3)[0].item()
+@pytest.mark.parametrize(
+    'wait',
+    [
+        lambda x: x[[0, 1]],
+        lambda x: x[0].item(),
+        lambda x: x[x > 0],
+        lambda x: x.index_put_((x > 0,), torch.ones(3)),
+        lambda x: x.tolist(),
+        lambda x: x.cpu(),
+        lambda x: x.numpy(),
+        lambda x: bool(x.any()),
+        lambda x: torch.allclose(x, x),
+        lambda x: torch.repeat_interleave(x.long()),
+        lambda x: torch.linalg.inv(torch.eye(3)),
+    ],
+)
+def test_forbid_waiting_notices_waiting(wait):
+    x = torch.ones(3)
+    with pytest.raises(AssertionError, match='waits for the device'), forbid_waiting():
+        wait(x)
 
 
 # ---- the switches, each alone

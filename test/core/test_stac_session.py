@@ -6,7 +6,8 @@ import dataclasses
 import pytest
 import torch
 from golden_data import MODELS, SIZES, golden, golden_network, group, images
-from stac_oracle import PublishedOracle
+from stac_oracle import PublishedOracle, RepairedOracle
+from waiting import forbid_waiting
 
 from stream3r_core.cache.base import Attended, KVCache
 from stream3r_core.cache.camera import CameraCache
@@ -14,6 +15,8 @@ from stream3r_core.cache.token_pool import TokenPool
 from stream3r_core.cache.working import WorkingCache
 from stream3r_core.config import CacheConfig, PublishedCacheConfig
 from stream3r_core.errors import CacheError, ConfigError, InputError
+from stream3r_core.kernels import merge
+from stream3r_core.kernels.reference import attention, subsample_queries
 from stream3r_core.session import StreamSession
 
 NAMES = ('pose_enc', 'depth', 'depth_conf', 'world_points', 'world_points_conf')
@@ -138,6 +141,57 @@ def test_the_published_profile_equals_an_oracle_of_lists_and_loops(model, chunk_
             pool = session.cache.pool
             live = pool.owner[group_index, :-1] >= 0
             assert int((live & (pool.count[group_index, :-1] > 1)).sum()) == pivots
+
+
+@pytest.mark.parametrize('model, chunk_size', [('stream3r', 1), ('streamvggt', 2)])
+def test_the_repaired_profile_equals_an_oracle_of_lists_and_loops(model, chunk_size):
+    frames = many(SIZES[1], 16)
+    config = replace(
+        SMALL, bounded=False, voxel_size=0.4, chunk_size=chunk_size, buffer_size=2, retrieved=5,
+        max_log_count=0.6, confidence_quantile=0.2,
+    )  # fmt: skip
+    session, oracle = spatial(model, config), spatial(model, config)
+    sizes = golden_network(model).config
+    oracle.cache = RepairedOracle(
+        sizes.depth, sizes.num_heads, sizes.tokens_per_frame(56, 42), sizes.num_special_tokens,
+        config,
+    )  # fmt: skip
+    for chunk in frames.split(chunk_size):
+        got, expected = session._process(chunk)[0], oracle._process(chunk)[0]
+        assert_same(got, expected)
+        for got, expected in zip(retrieved_keys(session.cache), oracle.cache.retrieved_keys()):
+            # As sets: two tokens that rank all but equal may change places.
+            got, expected = (x[x[:, 0].argsort()] for x in (got, expected))
+            torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+    assert oracle.cache.tiers == {0, 1, 2} and oracle.cache.num_capped, 'all rules must matter'
+
+
+def retrieved_keys(cache):
+    """Return per layer and head the keys of what is retrieved [n, D]."""
+    working, first = cache.working, cache.plan.layout.hot
+    live = (working.retrieved_slot >= 0).flatten(0, 1)
+    return [k[first:][mask] for k, mask in zip(working.kv[0].flatten(0, 1), live)]
+
+
+def test_fewer_queries_give_the_scores_that_evenly_spaced_ones_predict():
+    config = replace(SMALL, query_fraction=0.5, max_bytes=0)
+    session, queries = spatial('stream3r', config), {}
+    record = session.cache.record
+
+    def watch(layer, column_sums, q):
+        queries[layer] = q
+        record(layer, column_sums, q)
+
+    session.cache.record = watch
+    session.step_tensor(torch.rand(3, 168, 168, generator=torch.Generator().manual_seed(0)))
+    working = session.cache.working
+    for layer, q in queries.items():
+        k = working.kv[0, layer, None, :, : q.shape[2]]
+        spaced, factor = subsample_queries(q, config.query_fraction)
+        assert spaced.shape[2] < q.shape[2]
+        got = working.score[None, layer, :, : q.shape[2]]
+        torch.testing.assert_close(got, factor * attention(spaced, k, k).column_sums)
+        assert not torch.allclose(got, attention(q, k, k).column_sums)
 
 
 def test_heavy_hitters_alone_equal_the_oracle():
@@ -389,6 +443,23 @@ def test_unknown_policies_and_mixed_up_profiles_are_refused():
         StreamSession(golden_network('stream3r'), 'stack')
     with pytest.raises(ConfigError, match='PublishedCacheConfig'):
         spatial('stream3r', SMALL, 'stac_paper')
+
+
+# ---- the host never waits for the device
+
+
+@pytest.mark.parametrize(
+    ('mode', 'config'),
+    [('stac', SMALL), ('stac', replace(SMALL, retrieved=-1)), ('window', None), ('causal', None)],
+)
+def test_a_steady_step_of_a_session_never_makes_the_host_wait(mode, config, monkeypatch):
+    monkeypatch.setattr(merge, 'counted_on_host', lambda device: False)
+    frames = many(SIZES[0], 11)
+    session = StreamSession(golden_network('stream3r'), mode, cache=config)
+    stream(session, frames[:8])
+    with forbid_waiting():
+        raw = [session.step_tensor(frame) for frame in frames[8:]]
+    assert len(raw) == 3 and session.num_frames == 11
 
 
 # ---- on a GPU
