@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from stream3r_core.cache.token_pool import NARROW, TokenPool
+from stream3r_core.cache.token_pool import MIN_TILE_BYTES, NARROW, TokenPool
 from stream3r_core.cache.working import Layout, WorkingCache
 from stream3r_core.config import CacheConfig
 from stream3r_core.errors import CacheError
@@ -15,6 +15,9 @@ DEFAULT_FRAMES = 23  # the default budget: keys and values of this many frames
 # Token slots per voxel, layer and head. A room seen for long has about 5 (published), new space 1
 # or 2. Too few slots cost rows, and too many cost nothing but the slots that stay empty.
 TOKENS_PER_VOXEL = 2
+# Of the budget, beside it: what merging and retrieval may take for a moment. Less costs time: a
+# GPU spends it on starting more and smaller operations.
+WORKSPACE = 1 / 4
 META = torch.device('meta')
 
 
@@ -28,6 +31,7 @@ class Plan:
     pool_tokens: int = 0  # token slots per layer and head
     pool_voxels: int = 0
     carry: int = 0  # tokens per layer and head that may wait for a step
+    tile_bytes: int = MIN_TILE_BYTES  # workspace of a step
 
     def allocate(self, device: torch.device) -> tuple[WorkingCache, TokenPool | None]:
         """Allocate working memory and pool."""
@@ -38,7 +42,7 @@ class Plan:
         return working, TokenPool(
             layout.layers * layout.heads, self.pool_tokens, self.pool_voxels, layout.head_dim,
             self.rule, self.carry, self.dtype, device,
-            working.kv.flatten(1, 2) if layout.pooled else None,
+            working.kv.flatten(1, 2) if layout.pooled else None, self.tile_bytes,
         )  # fmt: skip
 
     def with_pool(self, tokens: int, voxels: int) -> 'Plan':
@@ -91,7 +95,8 @@ def make_plan(
     if not layout.has_pool:
         _check_budget(config, budget, reserved_bytes + plan.num_bytes)
         return plan
-    plan = dataclasses.replace(plan, carry=max(8, frame_tokens // 8))
+    tile_bytes = max(MIN_TILE_BYTES, int(WORKSPACE * budget))
+    plan = dataclasses.replace(plan, carry=max(8, frame_tokens // 8), tile_bytes=tile_bytes)
     smallest = -(-frame_tokens // TOKENS_PER_VOXEL)
     voxels = _affordable_voxels(plan, budget - reserved_bytes)
     least = plan.with_pool(TOKENS_PER_VOXEL * smallest, smallest)

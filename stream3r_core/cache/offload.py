@@ -49,11 +49,15 @@ class OffloadedCache(KVCache):
         return Attended(*whole[:, :, :, : past + new])
 
     def _fit_storage(self, k: Tensor) -> None:
+        """Allocate storage for tensors like ``k``, or keep what fits."""
         self._frame_tokens = k.shape[2]
         shape = (2, 1, k.shape[1], self.device_frames * k.shape[2], k.shape[3])
+        old = self._near[0] if self._near else k.new_empty(0)
+        if (old.shape, old.dtype, old.device) == (shape, k.dtype, k.device):
+            return
+        self._near, self._far, self._whole = [], [], k.new_empty(0)  # free the old storage first
         self._near = [k.new_empty(shape) for _ in range(self.num_layers)]
         self._far = [self._host(k, shape, 0) for _ in range(self.num_layers)]
-        self._whole = k.new_empty(0)
 
     def _host(self, like: Tensor, shape: tuple[int, ...], tokens: int) -> Tensor:
         pinned = like.device.type == 'cuda'
@@ -64,6 +68,8 @@ class OffloadedCache(KVCache):
         missing = tokens - near.shape[3] - far.shape[3]
         if missing > 0:
             grown = self._host(near, near.shape, int(GROWTH * far.shape[3]) + missing)
+            if near.device.type == 'cuda':  # which may still be writing what is copied now
+                torch.cuda.synchronize(near.device)
             grown[:, :, :, : far.shape[3]] = far
             self._far[layer] = grown
         return self._far[layer]
@@ -83,7 +89,7 @@ class OffloadedCache(KVCache):
         """Forget the open step: nothing to do, the next one overwrites it."""
 
     def reset(self) -> None:
-        """Forget all frames."""
+        """Forget all frames; storage is kept for the next stream."""
         self.num_frames = 0
 
     @property

@@ -31,7 +31,7 @@ def with_room_for(pool: TokenPool, dropped: Dropped) -> TokenPool:
 def _grown(old: TokenPool, num_tokens: int, num_voxels: int) -> TokenPool:
     new = TokenPool(
         old.num_groups, num_tokens, num_voxels, old.k.shape[2], old.rule,
-        old.carried.key.shape[1], old.k.dtype, old.k.device,
+        old.carried.key.shape[1], old.k.dtype, old.k.device, tile_bytes=old.tile_bytes,
     )  # fmt: skip
     for name in ('k', 'v', 'weight', 'score_sum', 'count', 'owner', 'table'):
         _copy_into(getattr(new, name), getattr(old, name))

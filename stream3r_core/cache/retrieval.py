@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stream3r_core.cache.token_pool import TILE_BYTES, TokenPool
+from stream3r_core.cache.token_pool import TokenPool
 
 TIER = 1024.0  # height of a tier of ranks; normalised queries and keys stay far below it
 
@@ -45,9 +45,19 @@ def rank_by_query(pool: TokenPool, query: Tensor, near: Tensor, max_log_count: f
 
     The last tier only serves when the neighbourhood ``near`` [V] does not fill the budget.
     """
-    keys, count, owner = pool.k[:, :-1], pool.count[:, :-1], pool.owner[:, :-1]
-    logits = torch.cat([_dot(k, q) for k, q in zip(_tiles(keys), _tiles(query, keys))])
-    logits = logits * keys.shape[2] ** -0.5
+    num_tokens, dim = pool.capacity, pool.k.shape[2]
+    tile = max(1, pool.tile_bytes // (num_tokens * (4 * dim + 48)))
+    starts = range(0, pool.num_groups, tile)
+    return torch.cat(
+        [_rank_groups(pool, slice(s, s + tile), query, near, max_log_count) for s in starts]
+    )
+
+
+def _rank_groups(
+    pool: TokenPool, groups: slice, query: Tensor, near: Tensor, max_log_count: float
+) -> Tensor:
+    keys, count, owner = (x[groups, :-1] for x in (pool.k, pool.count, pool.owner))
+    logits = (keys.float() @ query[groups, :, None].float())[..., 0] * keys.shape[2] ** -0.5
     logits = logits + count.clamp_min(1).log().clamp_max(max_log_count)
     tier = near[owner.clamp_min(0).long()] * (1.0 + (count > 1))
     rank = logits.clamp(1 - TIER / 2, TIER / 2 - 1) + TIER * tier
@@ -61,13 +71,3 @@ def rank_by_weight(pool: TokenPool, near: Tensor) -> Tensor:
     rank = pool.weight[:, :-1].where(pool.count[:, :-1] > 1, buffered)
     is_near = near[owner.clamp_min(0).long()] & (owner >= 0)
     return rank.masked_fill(~is_near, -torch.inf)
-
-
-def _dot(keys: Tensor, query: Tensor) -> Tensor:
-    return (keys.float() @ query.float()[..., None])[..., 0]
-
-
-def _tiles(x: Tensor, like: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Split groups so that a float32 copy of the keys of a tile stays small."""
-    like = x if like is None else like
-    return x.split(max(1, TILE_BYTES // (4 * like[0].numel())))

@@ -24,7 +24,7 @@ from stream3r_core.kernels import merge as kernel
 from stream3r_core.kernels.merge import Buffers, Merged, MergeRule, Pivots, Tokens, merge
 
 NARROW = 1 << 15  # indices below fit into 16 bits
-TILE_BYTES = 1 << 29  # float32 workspace of one tile of groups
+MIN_TILE_BYTES = 1 << 23
 
 
 class Dropped(NamedTuple):
@@ -54,7 +54,8 @@ class TokenPool:
 
     ``carry`` is how many tokens per group may wait for the next step when their row is full.
     ``home`` [2, G, first + N + 1, D]: keys and values live there, from ``first`` on, and not in
-    storage of the pool's own.
+    storage of the pool's own. ``tile_bytes`` bound the workspace of a step, but for one group at a
+    time at least.
     """
 
     def __init__(
@@ -68,12 +69,13 @@ class TokenPool:
         dtype: torch.dtype,
         device: torch.device,
         home: Tensor | None = None,
+        tile_bytes: int = MIN_TILE_BYTES,
     ):
         def full(value, *shape, dtype=torch.float32):
             return torch.full(shape, value, dtype=dtype, device=device)
 
         G, N = num_groups, num_tokens
-        self.rule = rule
+        self.rule, self.tile_bytes = rule, tile_bytes
         # The last slot of each group, and the last voxel of the table, swallow what is dropped.
         self._owns_kv = home is None
         kv = full(0, 2, G, N + 1, head_dim, dtype=dtype) if home is None else home
@@ -167,8 +169,9 @@ class TokenPool:
 
     def _groups_per_tile(self, num_tokens: int) -> int:
         entries, dim = self.table.shape[2], self._k.shape[2]
-        bytes_per_group = 4 * num_tokens * dim * 2 * (2 * entries + self.rule.num_pivots)
-        return max(1, TILE_BYTES // bytes_per_group)
+        entry_bytes = 8 * dim + 16  # float32 key and value, numbers beside them
+        # Measured at the peak, with as many rows as tokens: up to four copies of every entry.
+        return max(1, self.tile_bytes // (num_tokens * (4 * entries + 4) * entry_bytes))
 
     def _insert_tile(self, groups: slice, tokens: Dropped, slot: Tensor, order: Tensor) -> None:
         rows = _Rows.of(slot, self.voxels.capacity)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from golden_data import MODELS, SIZES, golden_network, images
 
+from stream3r_core.cache.offload import OffloadedCache
 from stream3r_core.errors import CacheError
 from stream3r_core.session import StreamSession
 
@@ -63,6 +64,39 @@ def test_a_failed_step_changes_nothing(monkeypatch):
             session.step_tensor(frame.flip(1))
         got = session.step_tensor(frame)
         torch.testing.assert_close(got['depth'], expected['depth'][i], rtol=1e-4, atol=1e-5)
+
+
+def test_reset_keeps_storage_while_it_fits_and_frees_it_otherwise():
+    cache = OffloadedCache(num_layers=2, device_frames=1)
+
+    def frames(tokens, dtype=torch.float32):
+        cache.reset()
+        for _ in range(3):
+            for layer in range(2):
+                k = torch.rand(1, 2, tokens, 8, dtype=dtype)
+                seen = cache.update(layer, k, k)
+            cache.commit(1)
+        assert seen.k.dtype == dtype and cache.num_tokens == seen.k.shape[2] == 3 * tokens
+        return [x.data_ptr() for x in (*cache._near, *cache._far, cache._whole)]
+
+    first = frames(5)
+    sizes = cache.capacity_bytes, cache.host_bytes
+    assert frames(5) == first and (cache.capacity_bytes, cache.host_bytes) == sizes
+    frames(5, torch.float64)
+    assert cache.capacity_bytes == 2 * sizes[0]
+    frames(4)
+    assert cache.capacity_bytes < sizes[0]
+
+
+@pytest.mark.gpu
+def test_host_storage_grows_only_when_all_copies_into_it_are_done():
+    """Frames far larger than the host can wait for by chance: what comes back is what went in."""
+    cache = OffloadedCache(num_layers=1, device_frames=1)
+    frames = [torch.full((1, 16, 4096, 64), float(i), device='cuda') for i in range(12)]
+    for k in frames:
+        seen = cache.update(0, k, k)
+        cache.commit(1)
+    assert torch.equal(seen.k, torch.cat(frames, 2))
 
 
 def _fail(*args):

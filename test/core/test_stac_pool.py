@@ -1,5 +1,7 @@
 """The token pool against plain dictionaries of rows, its books and its bounds."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -221,6 +223,44 @@ def test_insertion_does_not_depend_on_the_tiling_of_the_groups(monkeypatch):
     monkeypatch.setattr(TokenPool, '_groups_per_tile', lambda self, n: 1)
     tiled = filled_pool()
     assert_same_pool(whole, tiled)
+
+
+def peak_bytes(run):
+    """Measure the most that the allocator had given to ``run()`` at once."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        run()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == '[memory]']
+    events.sort(key=lambda e: e.start_ns())
+    return max(itertools.accumulate(e.nbytes() for e in events))
+
+
+@pytest.mark.parametrize('counted_on_host', [True, False])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_the_workspace_of_a_step_stays_within_its_tile(dtype, counted_on_host, monkeypatch):
+    monkeypatch.setattr(merge, 'counted_on_host', lambda device: counted_on_host)
+    groups, width, n, carry, generator = 8, 64, 200, 24, torch.Generator().manual_seed(0)
+    pool = TokenPool(
+        groups, 1500, 700, width, MergeRule(), carry, dtype, CPU, tile_bytes=1 << 24
+    )  # fmt: skip
+
+    def drop():
+        k, v = torch.randn(2, groups, n, width, generator=generator).to(dtype)
+        key = pack(torch.randint(-6, 6, (groups, n, 3), generator=generator))
+        return Dropped(k, v, torch.rand(groups, n, generator=generator), key)
+
+    pool.insert(drop())
+    pool.insert(drop())
+    tokens = drop()
+    assert 1 < pool._groups_per_tile(n + carry) < groups
+    arriving = 2 * groups * (n + carry) * width * dtype.itemsize
+    assert peak_bytes(lambda: pool.insert(tokens)) <= pool.tile_bytes + 1.2 * arriving
+    pool.tile_bytes = 3 * 1500 * (4 * width + 48)  # three groups
+    near, query = torch.ones(700, dtype=torch.bool), torch.randn(groups, width)
+    ranks = 2 * 4 * groups * 1500
+    peak = peak_bytes(lambda: retrieval.rank_by_query(pool, query, near, 3.0))
+    assert peak <= pool.tile_bytes + ranks
 
 
 def test_upper_bounds_on_shapes_as_a_gpu_uses_them_give_the_same_pool(monkeypatch):
