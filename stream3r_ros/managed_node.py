@@ -5,9 +5,8 @@ session and map, and a second one builds and writes what is large.
 """
 
 import time
-import traceback
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 from functools import partial
 from pathlib import Path
@@ -15,12 +14,10 @@ from typing import Any, NamedTuple
 
 import rclpy.task
 import torch
-from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
 from rclpy.clock import Clock, ClockType
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.qos_overriding_options import QoSOverridingOptions
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
-from std_srvs.srv import Trigger
 from tf2_msgs.msg import TFMessage
 
 try:
@@ -43,6 +40,7 @@ from stream3r_ros.parameters import NodeParameters
 from stream3r_ros.publishers import Publishers
 from stream3r_ros.qos import SENSOR_DATA, Qos
 from stream3r_ros.recorder import check_saving, save_snapshot
+from stream3r_ros.services import Services, describe
 from stream3r_ros.tf import check_frames
 from stream3r_ros.transforms import TransformBuffer
 from stream3r_ros.worker import Worker
@@ -92,17 +90,7 @@ class Stream3rNode(LifecycleNode):
         self._warn = Throttled(lambda text: self.get_logger().warning(text))
         self._inference: Worker[Incoming] | None = None
         self._live: LiveReconstruction | None = None
-        self._background: Worker[Callable[[], None]] = Worker(
-            lambda publish: publish(), self._on_map_lost, self._on_map_lost, 'background'
-        )
-        self._background.start()
-        self._map_changes: Worker[Callable[[], None]] = Worker(
-            lambda publish: publish(),
-            self._on_map_change_lost,
-            self._on_map_change_lost,
-            'map changes',
-        )
-        self._map_changes.start()
+        self._background, self._map_changes = map(self._sender, ('background', 'map changes'))
         self._log_handler = forward_logging(self)
         self._subscribe()
         self._listen_to_tf()
@@ -158,12 +146,12 @@ class Stream3rNode(LifecycleNode):
             self.create_subscription(TFMessage, topic, listen, qos.for_rclpy())
 
     def _serve(self) -> None:
-        self._service_group = MutuallyExclusiveCallbackGroup()  # images go on while one waits
-        self._add_service('~/reset', self._reset)
-        self._add_service('~/pause', self._pause)
-        self._add_service('~/resume', self._resume)
-        self._add_service('~/save_map', self._save_map)
-        self._add_service('~/get_status', self._get_status)
+        self._triggers = Services(self)
+        self._triggers.add('~/reset', self._reset)
+        self._triggers.add('~/pause', self._pause)
+        self._triggers.add('~/resume', self._resume)
+        self._triggers.add('~/save_map', self._save_map)
+        self._triggers.add('~/get_status', self._get_status)
 
     def _start_timers(self) -> None:
         wall = Clock(clock_type=ClockType.STEADY_TIME)  # also while simulated time stands still
@@ -186,7 +174,7 @@ class Stream3rNode(LifecycleNode):
         except Exception as error:
             self._inference.stop(0)
             self._inference = None
-            self.get_logger().fatal(_describe(error))
+            self.get_logger().fatal(describe(error))
             known = isinstance(error, Stream3rError)
             return TransitionCallbackReturn.FAILURE if known else TransitionCallbackReturn.ERROR
         self._state = 'inactive'
@@ -336,7 +324,7 @@ class Stream3rNode(LifecycleNode):
     def _on_failure(self, error: Exception) -> None:
         if not self.context.ok():
             return  # publishing fails when the context goes down under a frame: not an error
-        self.get_logger().error(_describe(error))
+        self.get_logger().error(describe(error))
         if self.config.on_failure == 'exit':
             self.ended.set_result(1)
         else:
@@ -353,37 +341,24 @@ class Stream3rNode(LifecycleNode):
         if self._live is not None and options.enabled:
             self._map_changes.offer(partial(self._live.publish_map_changes, options.max_points))
 
-    def _on_map_change_lost(self, error: Exception) -> None:
-        self._map_changes.clear_failure()
-        self._report_lost_map(error)
+    def _sender(self, name: str) -> Worker[Callable[[], None]]:
+        """Start a thread that builds and sends what is large; what it loses is said."""
 
-    def _on_map_lost(self, error: Exception) -> None:
-        self._background.clear_failure()
-        self._report_lost_map(error)
+        def lost(error: Exception) -> None:
+            sender.clear_failure()
+            if self.context.ok():
+                self.get_logger().error(f'a map message was lost: {describe(error)}')
 
-    def _report_lost_map(self, error: Exception) -> None:
-        if self.context.ok():
-            self.get_logger().error(f'a map message was lost: {_describe(error)}')
+        sender: Worker[Callable[[], None]] = Worker(lambda send: send(), lost, lost, name)
+        sender.start()
+        return sender
 
     # -- services -----------------------------------------------------------------------------
-
-    def _add_service(self, name: str, action: Callable[[], Awaitable[str]]) -> None:
-        async def answer(_: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
-            try:
-                response.message = await action()
-                response.success = True
-            except Exception as error:  # the caller gets the reason; the node lives on
-                response.message = str(error)
-                if not isinstance(error, Stream3rError):
-                    self.get_logger().error(_describe(error))
-            return response
-
-        self.create_service(Trigger, name, answer, callback_group=self._service_group)
 
     async def _reset(self) -> str:
         worker, live = self._configured()
         worker.discard_waiting()
-        await self._finished(worker.submit(partial(live.restart, self.config)))
+        await self._triggers.finished(worker.submit(partial(live.restart, self.config)))
         worker.clear_failure()
         return 'the next image starts a new session with an empty map'
 
@@ -406,23 +381,18 @@ class Stream3rNode(LifecycleNode):
         worker, live = self._configured()
         config = self.config.save_map
         check_saving(config)  # before any work
-        await self._finished(worker.submit(partial(live.finish_chunk, self.config)))
-        snapshot = await self._finished(worker.submit(partial(live.snapshot, self.config)))
+        await self._triggers.finished(worker.submit(partial(live.finish_chunk, self.config)))
+        snapshot = await self._triggers.finished(
+            worker.submit(partial(live.snapshot, self.config))
+        )
         write = partial(save_snapshot, snapshot, config)
-        paths = await self._finished(self._background.submit(write))
+        paths = await self._triggers.finished(self._background.submit(write))
         return '\n'.join(map(str, paths))
 
     def _configured(self) -> tuple[Worker, LiveReconstruction]:
         if self._live is None:
             raise Stream3rError('the node is not configured: no weights are loaded')
         return self._inference, self._live
-
-    async def _finished(self, future: Future) -> Any:
-        """Return a worker's result without holding the executor."""
-        executor, done = self.executor, rclpy.task.Future()
-        future.add_done_callback(lambda _: executor.create_task(done.set_result, None))
-        await done
-        return future.result()
 
     # -- status -------------------------------------------------------------------------------
 
@@ -466,10 +436,3 @@ class Stream3rNode(LifecycleNode):
 
     def _name_of(self, service: str) -> str:
         return f'{self.get_fully_qualified_name()}/{service}'
-
-
-def _describe(error: BaseException) -> str:
-    """One line for an error that the user can mend, the traceback for any other."""
-    if isinstance(error, Stream3rError):
-        return str(error)
-    return ''.join(traceback.format_exception(error)).rstrip()
