@@ -314,7 +314,7 @@ class Stream3rNode(LifecycleNode):
 
     def _report_unfinished_chunk(self, done: Future) -> None:
         if done.exception() is not None and self.context.ok():
-            self.get_logger().error(f'a chunk was dropped: {_describe(done.exception())}')
+            self.get_logger().error(f'a chunk was dropped: {describe(done.exception())}')
 
     def _on_rejected(self, error: InputError) -> None:
         self._last_rejection = time.monotonic(), str(error)
