@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from stream3r_core.checkpoints import load_model
-from stream3r_core.config import CoreConfig, WeightsConfig
+from stream3r_core.config import CoreConfig, MappingConfig, WeightsConfig
 from stream3r_core.errors import ConfigError
 from stream3r_core.geometry import transform_points
 from stream3r_core.image import prepare_photos
@@ -19,7 +19,12 @@ _log = logging.getLogger(__name__)
 
 
 class Reconstructor:
-    """A streaming session and the map that its frames build."""
+    """A streaming session and the map that its frames build.
+
+    Nothing moves what is in the map: see :mod:`stream3r_core.slam` for what closes loops.
+    """
+
+    num_moves = 0  # corrections of poses and map
 
     def __init__(self, model, config: CoreConfig):
         self.config = config
@@ -71,6 +76,17 @@ class Reconstructor:
             T_world_camera=T @ prediction.T_world_camera,
             world_points=None if points is None else transform_points(T, points),
         )
+
+    def configure(self, mapping: MappingConfig) -> None:
+        """Replace the thresholds of the points to come."""
+        self.map.config = mapping
+
+    def figures(self) -> dict[str, int]:
+        """Figures of the back end: there is none."""
+        return {}
+
+    def close(self) -> None:
+        """Nothing to end: no thread of its own."""
 
     def reset(self, keep_map: bool = False) -> None:
         """Start a new session, whose first frame is the new world frame, and clear the map."""

@@ -2,8 +2,8 @@
 
 import dataclasses
 from collections import deque
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -11,8 +11,8 @@ import torch
 
 from stream3r_core.backend import sim3
 from stream3r_core.backend.atlas_map import AtlasMap
-from stream3r_core.backend.backend import SubmapBackend
-from stream3r_core.backend.map_file import load_map, save_map
+from stream3r_core.backend.backend import BackendUpdate, SubmapBackend
+from stream3r_core.backend.map_file import load_map, pack_map
 from stream3r_core.backend.network import NetworkWitness
 from stream3r_core.backend.restart import RestartPolicy
 from stream3r_core.backend.worker import BackendWorker
@@ -44,6 +44,7 @@ class SubmapReconstructor:
         config: All options; ``backend`` has those of the back end.
         in_background: Revisits are searched and the graph is optimised in a thread of its own.
             Without it a run can be repeated exactly.
+        on_moved: Called after each correction, in that thread or by :meth:`flush`.
 
     Raises:
         ConfigError: Options that do not go together.
@@ -51,8 +52,15 @@ class SubmapReconstructor:
 
     """
 
-    def __init__(self, model, config: CoreConfig, in_background: bool = False):
+    def __init__(
+        self,
+        model,
+        config: CoreConfig,
+        in_background: bool = False,
+        on_moved: Callable[[], None] | None = None,
+    ):
         self.config = config
+        self._on_moved = on_moved
         self.session = make_session(model, config)
         if self.session.chunk_size > 1:
             raise ConfigError(
@@ -71,8 +79,10 @@ class SubmapReconstructor:
         self._recent: deque[_Seen] = deque(maxlen=config.backend.submaps.overlap)
         self._is_full = False  # the next image begins a submap
         self._begin_map()
+        self._last_loaded = -1  # frame of a map that this run goes on in
         if config.backend.load:
             load_map(self.backend, config.backend.load)
+            self._last_loaded = self.backend.last_frame_id
 
     def _begin_map(self) -> None:
         self.backend = SubmapBackend(
@@ -80,7 +90,11 @@ class SubmapReconstructor:
         )
         self.map = AtlasMap(self.backend.atlas)
         if self._in_background:
-            self._worker = BackendWorker(self.backend)
+            self._worker = BackendWorker(self.backend, on_update=self._tell)
+
+    def _tell(self, update: BackendUpdate) -> None:
+        if update.moved and self._on_moved is not None:
+            self._on_moved()
 
     @property
     def num_moves(self) -> int:
@@ -114,10 +128,8 @@ class SubmapReconstructor:
     def _take(self, prediction: FramePrediction, frame_id: int) -> None:
         update = self.backend.track(prediction, frame_id)
         describe = partial(self._witness.describe, prediction.rgb.numpy())
-        if self._worker is None:
-            self.backend.follow(update, describe)
-        else:
-            self._worker.follow(update, describe)
+        worker = self._worker or self.backend
+        worker.follow(update, describe)
 
     def _in_map(self, prediction: FramePrediction) -> FramePrediction:
         S = self.backend.S_map_open()
@@ -164,10 +176,13 @@ class SubmapReconstructor:
 
     def flush(self) -> list[FramePrediction]:
         """Wait until the back end has done all there is to do; no prediction waits."""
+        num_moves = self.num_moves
         if self._worker is None:
             self.backend.settle()
         else:
             self._worker.flush()
+        if self._on_moved is not None and self.num_moves != num_moves:
+            self._on_moved()
         return []
 
     def reset(self, keep_map: bool = False) -> None:
@@ -175,6 +190,7 @@ class SubmapReconstructor:
         self._restart()
         if keep_map:
             return
+        self._last_loaded = -1
         try:
             self.close()
         finally:
@@ -182,31 +198,46 @@ class SubmapReconstructor:
 
     def close(self) -> None:
         """End the back end's thread; what waits there is dropped."""
-        if self._worker is not None:
-            self._worker.close(drop=True)
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.close(drop=True)
 
     def configure(self, mapping: MappingConfig) -> None:
         """Replace the thresholds of the points to come."""
         self.backend.configure(mapping)
 
+    def figures(self) -> dict[str, int]:
+        """Return what the back end has done so far."""
+        return {
+            'submaps': len(self.backend.atlas.submaps),
+            'keyframes': len(self.backend.places),
+            'loops_verified': self.backend.num_loops,
+            'corrections': self.num_moves,
+            'backend_pending': 0 if self._worker is None else self._worker.num_pending,
+        }
+
     def trajectory(self, corrected: bool = True) -> tuple[np.ndarray, np.ndarray]:
-        """Return stamps_ns [n] and T_world_camera [n, 4, 4] of all frames, as they lie now.
+        """Return stamps_ns [n] and T_world_camera [n, 4, 4] of this run, as its frames lie now.
 
         ``corrected`` False: without loops. Frames without a stamp have ``NO_STAMP``.
         """
-        _, stamps_ns, poses = self.backend.trajectory(corrected)
-        return stamps_ns, poses
+        frame_ids, stamps_ns, poses = self.backend.trajectory(corrected)
+        own = frame_ids > self._last_loaded
+        return stamps_ns[own], poses[own]
 
-    def save(self, path: str | Path) -> None:
-        """Write the map as it is, to be loaded by ``backend.load``; OutputError if it cannot."""
+    def pack(self) -> bytes:
+        """Return the content of a file that ``backend.load`` takes: the map as it is."""
         self.flush()
-        save_map(self.backend, path)
+        return pack_map(self.backend)
 
 
 def make_reconstructor(
-    model, config: CoreConfig, in_background: bool = False
+    model,
+    config: CoreConfig,
+    in_background: bool = False,
+    on_moved: Callable[[], None] | None = None,
 ) -> Reconstructor | SubmapReconstructor:
     """Return what ``config.backend.kind`` asks for."""
     if config.backend.kind == 'none':
         return Reconstructor(model, config)
-    return SubmapReconstructor(model, config, in_background)
+    return SubmapReconstructor(model, config, in_background, on_moved)

@@ -35,6 +35,8 @@ class ReconstructionFigures:
     cache_bytes: int = 0
     cache_capacity_bytes: int = 0
     map_points: int = 0
+    map_version: int = 0  # counts the changes of the map
+    backend: Mapping[str, int] = field(default_factory=dict)  # submaps, loops, corrections
     frames_without_tf: int = 0  # a transform from /tf was missing: none was broadcast
     frames_without_scale: int = 0  # a depth image or transform that gives metres was missing
     metres_per_unit: float | None = None  # None: the scale is arbitrary
@@ -110,6 +112,8 @@ class NodeStatus:
             'cache_bytes': str(made.cache_bytes),
             'cache_capacity_bytes': str(made.cache_capacity_bytes),
             'map_points': str(made.map_points),
+            'map_version': str(made.map_version),
+            **{name: str(number) for name, number in made.backend.items()},
             'frames_without_tf': str(made.frames_without_tf),
             'frames_without_scale': str(made.frames_without_scale),
             'scale': 'metric' if made.metres_per_unit else 'arbitrary',

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from stream3r_core.errors import InputError
+from stream3r_core.evaluation.trajectory import Trajectory
 from stream3r_core.image import prepare
-from stream3r_core.pipeline import Reconstructor
+from stream3r_core.slam import SubmapReconstructor, make_reconstructor
 from stream3r_core.types import FramePrediction
 from stream3r_ros.calibration import Calibrator
 from stream3r_ros.config import NodeConfig
@@ -45,9 +46,11 @@ _log = logging.getLogger(__name__)
 class LiveReconstruction:
     """Takes image messages one by one and publishes what they add.
 
-    All methods but those that publish the map belong to one thread. ``camera_info`` may be
-    replaced at any time: its intrinsics hold for images of the same size. A stamp that jumps back,
-    or images of another size, start a new session.
+    ``on_moved`` is called, in a thread of the back end, when poses and map have moved; then
+    :meth:`follow_corrections` publishes that also without a new image. All methods but those that
+    publish the map belong to one thread. ``camera_info`` may be replaced at any time: its
+    intrinsics hold for images of the same size. A stamp that jumps back, or images of another
+    size, start a new session.
     """
 
     def __init__(
@@ -57,8 +60,10 @@ class LiveReconstruction:
         publishers: Publishers,
         transforms: TransformBuffer,
         is_camera_info_announced: Callable[[], bool] = lambda: False,
+        on_moved: Callable[[], None] | None = None,
     ):
-        self._reconstructor = Reconstructor(model, config)
+        self._reconstructor = make_reconstructor(model, config, True, on_moved)
+        self._num_moves = 0  # corrections that path and poses contain
         self._publishers = publishers
         publishers.outputs.uncertainty = model.uncertainties.get(config.session.mode)
         self._transforms = transforms
@@ -114,9 +119,10 @@ class LiveReconstruction:
         self._check_size(image, config)  # these two may start a new session: after all refusals
         if self._is_new:
             self._orient_map(frame, stamp, config)
-        self._reconstructor.map.config = config.mapping
+        self._reconstructor.configure(config.mapping)
         self._frame = frame
         predictions = self._predictions(lambda: self._reconstructor.feed(image, stamp, K))
+        self.follow_corrections()
         self._stamps.note(stamp)
         self._size_hw, self._is_new = image.shape[:2], False
         self._publish(predictions, config)  # none, or a whole chunk (cache.chunk_size)
@@ -186,6 +192,19 @@ class LiveReconstruction:
         self._restarts[reason] += 1
         self.figures = self._figures()
 
+    def follow_corrections(self) -> None:
+        """Move path and odometry to where the back end has moved their frames."""
+        num_moves = self._reconstructor.num_moves
+        if num_moves == self._num_moves:
+            return
+        self._num_moves = num_moves
+        self._publishers.outputs.correct(*self._reconstructor.trajectory())
+        self._publishers.publish_path()
+
+    def close(self) -> None:
+        """End the back end's thread."""
+        self._reconstructor.close()
+
     def _find_scale(self, prediction: FramePrediction, frame: str, config: NodeConfig) -> None:
         """Update metres per scene unit, where there is a source of metres."""
         if config.scale.source == 'none':
@@ -237,6 +256,7 @@ class LiveReconstruction:
         except Exception as error:  # must not keep a failed session from its reset
             self._warn(f'the images of an unfinished chunk are dropped: {error}')
         self._reconstructor.reset()
+        self._num_moves = 0
         self._publishers.reset()
         self._recorder.clear()
         self._tracking.reset()
@@ -250,6 +270,10 @@ class LiveReconstruction:
     def snapshot(self, config: NodeConfig) -> Snapshot:
         """Return poses and map as they are now; raises InputError before the first frame."""
         outputs, recorded = self._publishers.outputs, self._recorder.trajectory()
+        map_file = None
+        if isinstance(self._reconstructor, SubmapReconstructor):
+            map_file = self._reconstructor.pack()
+            recorded = Trajectory(*self._reconstructor.trajectory(), recorded.name)
         return Snapshot(
             dataclasses.replace(
                 recorded, T_world_camera=outputs.poses_in_map(recorded.T_world_camera)
@@ -257,6 +281,7 @@ class LiveReconstruction:
             outputs.in_map_frame(self._reconstructor.map.points()),
             self._recorder.num_forgotten,
             Provenance(self._reconstructor.session.model.weights_info, config),
+            map_file,
         )
 
     def publish_map(self) -> None:
@@ -372,6 +397,8 @@ class LiveReconstruction:
             cache_bytes=self._cache_bytes,
             cache_capacity_bytes=cache.capacity_bytes,
             map_points=self._reconstructor.map.num_points,
+            map_version=self._reconstructor.map.version,
+            backend=self._reconstructor.figures(),
             frames_without_tf=self._num_without_tf,
             frames_without_scale=self._num_without_scale,
             metres_per_unit=self._scale.value,

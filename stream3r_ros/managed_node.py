@@ -196,6 +196,7 @@ class Stream3rNode(LifecycleNode):
         """Free network, session and map; waits for the image in work."""
         if not self._inference.stop(CLEANUP_TIMEOUT_S):
             self.get_logger().warning('memory becomes free when the image in work is done')
+        self._live.close()
         self._inference = self._live = None
         self._results.reset()
         if torch.cuda.is_initialized():
@@ -219,8 +220,9 @@ class Stream3rNode(LifecycleNode):
             for worker in (self._background, self._map_changes, self._inference)
             if worker is not None
         ]
-        for worker in workers:
-            worker.stop(max(0.0, end - time.monotonic()))
+        have_ended = [worker.stop(max(0.0, end - time.monotonic())) for worker in workers]
+        if self._live is not None and all(have_ended):
+            self._live.close()
         stop_forwarding(self._log_handler)
 
     @property
@@ -251,11 +253,23 @@ class Stream3rNode(LifecycleNode):
         took_s = time.monotonic() - start
         self.get_logger().info(f'loaded in {took_s:.1f} s: {model.weights_info}')
         return LiveReconstruction(
-            model, self.config, self._results, self._transforms, self._hears_of_camera_info
+            model,
+            self.config,
+            self._results,
+            self._transforms,
+            self._hears_of_camera_info,
+            self._on_moved,
         )
 
     def _hears_of_camera_info(self) -> bool:
         return self.count_publishers(self.resolve_topic_name('camera_info')) > 0
+
+    def _on_moved(self) -> None:
+        """Poses have moved, as a thread of the back end says: publish that before new images."""
+        live, worker = self._live, self._inference
+        if live is not None and worker is not None:
+            worker.submit(live.follow_corrections)
+            self._request_map()
 
     def _wait_for(self, future: Future) -> Any:
         """Return a worker's result; raises :class:`ContextEnded`."""

@@ -12,13 +12,15 @@ from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+import torch
 
 from stream3r_core.config import MappingConfig
-from stream3r_core.geometry import unproject
+from stream3r_core.geometry import matrix_to_quat_xyzw, unproject
 from stream3r_core.mapping import MapChange, MapCloud, MapView
 from stream3r_core.mapping.filters import reliable_pixels
 from stream3r_core.types import FramePrediction
 from stream3r_core.uncertainty import Uncertainty, mean_confidence, median_depth
+from stream3r_ros.conversions import stamp_ns as stamp_ns_of
 from stream3r_ros.messages import MessageFactory
 from stream3r_ros.odometry import UNKNOWN, Sigmas, Twist, body_covariance, body_twist
 from stream3r_ros.qos import LATCHED, Qos
@@ -114,6 +116,23 @@ class Outputs:
         self._before = prediction.stamp_ns, prediction.T_world_camera.numpy()
         return frame
 
+    def correct(self, stamps_ns: np.ndarray, T_world_camera: np.ndarray) -> None:
+        """Move the path to where its frames lie now; every pose keeps its stamp.
+
+        ``stamps_ns`` [n], ``T_world_camera`` [n, 4, 4]; frames that are not named stay.
+        """
+        T_map_camera = self.poses_in_map(T_world_camera)
+        quats_xyzw = matrix_to_quat_xyzw(torch.from_numpy(T_map_camera[:, :3, :3])).tolist()
+        positions = T_map_camera[:, :3, 3].tolist()
+        row_of = {stamp: row for row, stamp in enumerate(stamps_ns.tolist())}
+        for pose in self._poses:
+            row = row_of.get(stamp_ns_of(pose))
+            if row is not None:
+                _set(pose.pose.position, 'xyz', positions[row])
+                _set(pose.pose.orientation, 'xyzw', quats_xyzw[row])
+        if self._before is not None and self._before[0] in row_of:
+            self._before = self._before[0], T_world_camera[row_of[self._before[0]]]
+
     def path(self, stamp_ns: int) -> Any:
         """Return the nav_msgs/Path of the recent poses, each with its own stamp."""
         return self.messages.path(self._poses, stamp_ns, self.map_frame)
@@ -143,6 +162,11 @@ class Outputs:
         T, scale = self.T_map_world.astype(np.float32), np.float32(self._scale)
         points_xyz = (scale * cloud.points_xyz) @ T[:3, :3].T + T[:3, 3]
         return dataclasses.replace(cloud, points_xyz=points_xyz)
+
+
+def _set(target: Any, names: str, values: list[float]) -> None:
+    for name, value in zip(names, values):
+        setattr(target, name, value)
 
 
 def _rows(change: MapChange, rows: slice) -> MapChange:

@@ -39,11 +39,14 @@ class Publishers:
         self._publishers = {name: _publisher(node, name, TOPICS[name]) for name in TOPICS}
         self._limits: dict[str, RateLimit] = {}
         self._num_listeners = 0  # of ~/map_changes
+        self._last_stamp_ns: int | None = None  # of the session
+        self._sends_path = True
 
     def reset(self) -> None:
         """Begin a new session: an empty path, and no memory of earlier stamps."""
         self.outputs.reset()
         self._limits.clear()
+        self._last_stamp_ns = None
 
     def publish(
         self,
@@ -60,6 +63,7 @@ class Publishers:
         """
         self.outputs.mapping = config.mapping
         frame = self.outputs.add(prediction, camera_frame)
+        self._last_stamp_ns, self._sends_path = frame.stamp_ns, config.outputs.path.enabled
         if carrier is not None:
             self._send('/tf', frame.tf(carrier))
         due = {
@@ -74,6 +78,11 @@ class Publishers:
         if due['path']:
             self._send('~/path', self.outputs.path(frame.stamp_ns))
         return frame
+
+    def publish_path(self) -> None:
+        """Send the path as it is now, whenever it was last sent; its poses have moved."""
+        if self._last_stamp_ns is not None and self._sends_path:
+            self._send('~/path', self.outputs.path(self._last_stamp_ns))
 
     def publish_map(self, cloud: Any, stamp_ns: int) -> None:
         """Send the accumulated map, a ``MapCloud`` or ``MapView`` in the world frame."""

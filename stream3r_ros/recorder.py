@@ -13,6 +13,7 @@ import numpy as np
 from stream3r_core.errors import ConfigError, InputError, OutputError
 from stream3r_core.evaluation.trajectory import Trajectory
 from stream3r_core.evaluation.trajectory_files import write_tum
+from stream3r_core.files import atomic_write
 from stream3r_core.mapping import MapCloud, save_pcd, save_ply
 from stream3r_ros.config import SaveMapConfig
 from stream3r_ros.provenance import Provenance
@@ -71,6 +72,7 @@ class Snapshot(NamedTuple):
     cloud: MapCloud  # map frame
     num_forgotten: int
     made_with: Provenance
+    map_file: bytes | None = None  # to go on with, of a back end; see backend/map_file.py
 
 
 def save_snapshot(snapshot: Snapshot, config: SaveMapConfig) -> list[Path]:
@@ -90,6 +92,8 @@ def save_snapshot(snapshot: Snapshot, config: SaveMapConfig) -> list[Path]:
     if config.tum:
         writers[f'{trajectory_name}.tum'] = partial(write_tum, trajectory=snapshot.trajectory)
     writers[f'{map_name}.json'] = snapshot.made_with.write
+    if snapshot.map_file is not None:
+        writers[f'{map_name}.safetensors'] = partial(_write_bytes, snapshot.map_file)
     folder = _folder(config.directory)
     _check_space(folder, snapshot)
     for name, write in writers.items():
@@ -112,6 +116,11 @@ def check_saving(config: SaveMapConfig) -> None:
         raise ConfigError('save_map: ply, pcd and tum are all switched off: nothing to write')
 
 
+def _write_bytes(content: bytes, path: Path) -> None:
+    with atomic_write(path) as file:
+        file.write(content)
+
+
 def _folder(directory: str) -> Path:
     folder = Path(directory).expanduser().absolute()
     try:
@@ -122,7 +131,8 @@ def _folder(directory: str) -> Path:
 
 
 def _check_space(folder: Path, snapshot: Snapshot) -> None:
-    needed = POINT_BYTES * len(snapshot.cloud) + POSE_BYTES * len(snapshot.trajectory)
+    needed = len(snapshot.map_file or b'')
+    needed += POINT_BYTES * len(snapshot.cloud) + POSE_BYTES * len(snapshot.trajectory)
     free = shutil.disk_usage(folder).free
     if free < needed + SPARE_BYTES:
         raise OutputError(

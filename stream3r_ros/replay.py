@@ -16,7 +16,7 @@ from stream3r_core.evaluation.trajectory import Trajectory, ate
 from stream3r_core.evaluation.trajectory_files import read_trajectory
 from stream3r_core.mapping import VoxelMap
 from stream3r_core.pipeline import Reconstructor, load_configured_model, reconstruct_photos
-from stream3r_core.types import FramePrediction
+from stream3r_core.slam import SubmapReconstructor, make_reconstructor
 from stream3r_ros.bag import BagReader
 from stream3r_ros.config import NodeConfig
 from stream3r_ros.ground_truth import TRUTH_TYPES, bag_truth
@@ -29,7 +29,7 @@ from stream3r_ros.options import (
 )
 from stream3r_ros.provenance import Provenance
 from stream3r_ros.report import Report
-from stream3r_ros.results import BAG, MADE_WITH, MAP, TRAJECTORY, Results
+from stream3r_ros.results import BAG, MADE_WITH, MAP, MAP_FILE, ONLINE, TRAJECTORY, Results
 from stream3r_ros.sources import (
     DEFAULT_RATE_HZ,
     BagSource,
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     with open_source(args, config.rectify) as (source, bag):
         truth = _named_truth(args.ground_truth, bag)
         model = load_configured_model(config.model)
-        names = (TRAJECTORY, MAP, MADE_WITH, BAG, CONFIG, SUMMARY)
+        names = (TRAJECTORY, MAP, MADE_WITH, BAG, CONFIG, SUMMARY, ONLINE, MAP_FILE)
         folder = output_folder(args.output, names, args.overwrite, args.input)
         write_options(folder / CONFIG, config)
         Provenance(model.weights_info, config).write(folder / MADE_WITH)
@@ -166,9 +166,19 @@ def replay(
     with tqdm(source, total=source.num_frames, unit='image') as progress:
         report = Report(source.name, model.weights_info, say=progress.write)
         frames = _usable_frames(progress, config, report, is_interrupted)
-        voxel_map, predictions = _predictions(frames, model, config, report)
         uncertainty = model.uncertainties.get(config.session.mode)
-        with Results(folder, config, voxel_map, uncertainty) as results:
+        end: tuple = ()  # what a back end says when all images are in
+        if config.session.mode == 'full':
+            voxel_map = VoxelMap(config.mapping)
+            predictions = _photo_predictions(frames, model, config, voxel_map)
+        else:
+            reconstructor = make_reconstructor(model, config)
+            voxel_map = reconstructor.map
+            predictions = _stream_predictions(frames, reconstructor, report)
+            if isinstance(reconstructor, SubmapReconstructor):
+                end = reconstructor.trajectory, reconstructor.pack
+                report.backend = reconstructor.figures
+        with Results(folder, config, voxel_map, uncertainty, *end) as results:
             try:
                 for prediction, frame_id in predictions:
                     results.add(prediction, frame_id)
@@ -211,17 +221,6 @@ def _check_order(stamp_ns: int, stamps: StampOrder, config: NodeConfig) -> None:
         f'time jumps back by {-ahead_s:.3f} s, from {stamps.last_ns} to {stamp_ns} ns: the input '
         'holds several recordings; replay them one by one. The results end before the jump'
     )
-
-
-def _predictions(
-    frames: Iterator[Frame], model, config: NodeConfig, report: Report
-) -> tuple[VoxelMap, Iterator[tuple[FramePrediction, str]]]:
-    """Return the map and the predictions that fill it, each with its camera frame."""
-    if config.session.mode == 'full':
-        voxel_map = VoxelMap(config.mapping)
-        return voxel_map, _photo_predictions(frames, model, config, voxel_map)
-    reconstructor = Reconstructor(model, config)
-    return reconstructor.map, _stream_predictions(frames, reconstructor, report)
 
 
 def _stream_predictions(frames, reconstructor: Reconstructor, report: Report):

@@ -29,6 +29,7 @@ class Report:
     num_refused: int = 0
     refused: list[str] = field(default_factory=list)  # why, for the first ones
     map_points: int = 0
+    backend: Callable[[], dict[str, int]] = dict  # figures of the back end
     seconds: float = 0.0
     camera_frame: str = ''
     interrupted: bool = False
@@ -68,6 +69,7 @@ class Report:
             'images_refused': self.num_refused,
             'refused': self.refused,
             'map_points': self.map_points,
+            'backend': self.backend(),
             'seconds': self.seconds,
             'interrupted': self.interrupted,
             'failure': str(self.failure) if self.failure else None,
@@ -101,4 +103,5 @@ class Report:
                 f'after {self.accuracy.alignment} alignment, scale {self.accuracy.scale:.4g}; '
                 f'truth: {self.accuracy.truth.name})'
             )
-        return '\n'.join(line for line in (frames, self.gaps, accuracy) if line)
+        backend = ', '.join(f'{name}: {number}' for name, number in self.backend().items())
+        return '\n'.join(line for line in (frames, backend, self.gaps, accuracy) if line)

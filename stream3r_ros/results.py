@@ -1,9 +1,14 @@
 """The results of a run over recorded images: trajectory, map and output bag in one folder."""
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from stream3r_core.evaluation.trajectory_files import TumWriter
+import numpy as np
+
+from stream3r_core.evaluation.trajectory import Trajectory
+from stream3r_core.evaluation.trajectory_files import TumWriter, write_tum
+from stream3r_core.files import atomic_write
 from stream3r_core.mapping import VoxelMap, save_ply
 from stream3r_core.types import FramePrediction
 from stream3r_core.uncertainty import Uncertainty
@@ -14,15 +19,20 @@ from stream3r_ros.outputs import TOPICS, FrameOutputs, Outputs
 from stream3r_ros.tf import T_map_of_first_camera
 
 TRAJECTORY, MAP, MADE_WITH, BAG = 'trajectory.tum', 'map.ply', 'map.json', 'bag'
+ONLINE, MAP_FILE = 'trajectory_online.tum', 'map.safetensors'  # with a back end
 NAMESPACE = '/stream3r'  # of the topics that a node of that name publishes
 RECORDED = ('/tf', '~/pose', '~/odometry', '~/depth/image', '~/depth/camera_info', '~/cloud')
+
+
+Corrected = Callable[[], tuple[np.ndarray, np.ndarray]]  # stamps_ns [n], T_world_camera [n, 4, 4]
 
 
 class RunBag:
     """The output bag: each frame as it comes, path and map at the end, whatever ends the run.
 
-    Use as a context manager. Poses, path and map lie in the map frame, depth and clouds in the
-    camera's. Raises :class:`OutputError` where it cannot write.
+    ``corrected`` says at the end where the frames lie then. Use as a context manager. Poses, path
+    and map lie in the map frame, depth and clouds in the camera's. Raises :class:`OutputError`
+    where it cannot write.
     """
 
     def __init__(
@@ -31,9 +41,10 @@ class RunBag:
         config: NodeConfig,
         voxel_map: VoxelMap,
         uncertainty: Uncertainty | None = None,
+        corrected: Corrected | None = None,
     ):
         self._folder = folder
-        self._map = voxel_map
+        self._map, self._corrected = voxel_map, corrected
         self.outputs = Outputs(
             rosbags_messages(),
             config.map_frame,
@@ -53,6 +64,8 @@ class RunBag:
         with self._open_files:
             if self.last_stamp_ns is not None:
                 stamp_ns = self.last_stamp_ns
+                if self._corrected is not None:
+                    self.outputs.correct(*self._corrected())
                 self._record('~/path', self.outputs.path(stamp_ns), stamp_ns)
                 self._record('~/map', self.outputs.map(self._map.view(), stamp_ns), stamp_ns)
 
@@ -69,7 +82,11 @@ class RunBag:
 
 
 class Results:
-    """Trajectory, map and bag of a replay, in the map frame; a context manager like RunBag."""
+    """Trajectory, map and bag of a replay, in the map frame; a context manager like RunBag.
+
+    With ``corrected`` the trajectory is the one of the end, and beside it lies the one of the
+    poses as they came. ``pack`` gives the content of the map file to go on with.
+    """
 
     def __init__(
         self,
@@ -77,15 +94,19 @@ class Results:
         config: NodeConfig,
         voxel_map: VoxelMap,
         uncertainty: Uncertainty | None = None,
+        corrected: Corrected | None = None,
+        pack: Callable[[], bytes] | None = None,
     ):
         self._folder, self._map = folder, voxel_map
-        self._bag = RunBag(folder, config, voxel_map, uncertainty)
+        self._corrected, self._pack = corrected, pack
+        self._bag = RunBag(folder, config, voxel_map, uncertainty, corrected)
         self._open_files = ExitStack()
 
     def __enter__(self) -> 'Results':
         with ExitStack() as opening:
             opening.callback(self._write_map)
-            self._trajectory = opening.enter_context(TumWriter(self._folder / TRAJECTORY))
+            online = TRAJECTORY if self._corrected is None else ONLINE
+            self._trajectory = opening.enter_context(TumWriter(self._folder / online))
             opening.enter_context(self._bag)
             self._open_files = opening.pop_all()
         return self
@@ -99,6 +120,14 @@ class Results:
         self._trajectory.write(frame.stamp_ns, frame.T_map_camera)
 
     def _write_map(self) -> None:
-        if self._bag.last_stamp_ns is not None:
-            cloud = self._bag.outputs.in_map_frame(self._map.points())
-            save_ply(cloud, self._folder / MAP)
+        outputs = self._bag.outputs
+        if self._bag.last_stamp_ns is None:
+            return
+        save_ply(outputs.in_map_frame(self._map.points()), self._folder / MAP)
+        if self._corrected is not None:
+            stamps_ns, poses = self._corrected()
+            trajectory = Trajectory(stamps_ns, outputs.poses_in_map(poses), TRAJECTORY)
+            write_tum(self._folder / TRAJECTORY, trajectory)
+        if self._pack is not None:
+            with atomic_write(self._folder / MAP_FILE) as file:
+                file.write(self._pack())

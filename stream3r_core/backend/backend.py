@@ -57,11 +57,6 @@ class BackendUpdate:
         """Of this submap with the one before, when it has just been found."""
         return None if self.joint is None else self.joint.alignment
 
-    @property
-    def has_work(self) -> bool:
-        """Whether :meth:`SubmapBackend.follow` has anything to do for this frame."""
-        return self.keyframe is not None or self.joint is not None
-
 
 class SubmapBackend:
     """Feed it the predictions of a front end that restarts its session now and then.
@@ -160,7 +155,11 @@ class SubmapBackend:
         update: BackendUpdate,
         descriptor: np.ndarray | Callable[[], np.ndarray] | None = None,
     ) -> BackendUpdate:
-        """Bring a tracked frame into the graph; search and verify revisits; optimise."""
+        """Bring a tracked frame into the graph; search and verify revisits; optimise.
+
+        Work on the graph that was left over goes on with every frame, so that it settles also
+        where nothing new is seen.
+        """
         moved, loops = False, ()
         if update.joint is not None:
             self._enter_graph(update.submap, update.joint)
@@ -170,7 +169,7 @@ class SubmapBackend:
             loops = self._remember(
                 view, update.submap, descriptor() if callable(descriptor) else descriptor
             )
-            moved |= self._optimise()
+        moved |= self._optimise()
         return replace(update, loops=loops, moved=moved)
 
     def _check_shared(self, frame_id: int) -> None:

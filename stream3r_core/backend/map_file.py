@@ -51,11 +51,19 @@ _STATES = ('graph', 'doubted', 'waiting')
 def save_map(backend: SubmapBackend, path: str | Path) -> None:
     """Write the map of a back end; a previous file stays whole until the new one is complete.
 
-    Call it from the thread that feeds the back end. The submap that is open is saved as it is.
-
     Raises:
         OutputError: The file cannot be written.
 
+    """
+    with atomic_write(path) as file:
+        file.write(pack_map(backend))
+
+
+def pack_map(backend: SubmapBackend) -> bytes:
+    """Return the content of a map file.
+
+    Call it from the thread that feeds the back end, while nothing waits to be followed. The submap
+    that is open is saved as it is.
     """
     arrays: dict[str, np.ndarray] = {}
     submaps = [_pack_submap(backend, submap, arrays) for submap in backend.atlas.submaps.values()]
@@ -67,9 +75,7 @@ def save_map(backend: SubmapBackend, path: str | Path) -> None:
     }
     metadata = {'format': FORMAT, 'version': VERSION, 'map': json.dumps(content)}
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    data = save(arrays, metadata)
-    with atomic_write(path) as file:
-        file.write(data)
+    return save(arrays, metadata)
 
 
 def _pack_submap(backend: SubmapBackend, submap: Submap, arrays: dict[str, np.ndarray]) -> dict:

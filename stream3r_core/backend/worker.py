@@ -17,14 +17,14 @@ class BackendWorker:
     The owner tracks: ``worker.follow(backend.track(prediction, frame_id), descriptor)``.
     Nothing is dropped: a full queue makes :meth:`follow` wait. An exception of the back end ends
     the thread and is raised by the next call of the owner, with its own traceback. ``on_update``
-    is called in the worker's thread after every frame that had work. A context manager: leaving it
+    is called in the worker's thread after every frame. A context manager: leaving it
     waits for what is queued, or, on an exception, drops it.
     """
 
     def __init__(
         self,
         backend: SubmapBackend,
-        max_pending: int = 32,
+        max_pending: int = 100,
         on_update: Callable[[BackendUpdate], None] | None = None,
     ):
         self.backend = backend
@@ -45,9 +45,8 @@ class BackendWorker:
         update: BackendUpdate,
         descriptor: np.ndarray | Callable[[], np.ndarray] | None = None,
     ) -> None:
-        """Queue a tracked frame, if there is anything to do for it."""
-        if update.has_work:
-            self._put((update, descriptor))
+        """Queue a tracked frame."""
+        self._put((update, descriptor))
 
     def flush(self) -> None:
         """Wait until everything queued is done and the graph has settled."""

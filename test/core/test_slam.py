@@ -85,16 +85,16 @@ def test_without_a_back_end_nothing_changes(walk):
 
 def test_a_saved_map_is_gone_on_in_and_found_again(walk, closed, tmp_path):
     first, _ = run(walk, config(), frames=range(60))
-    first.save(tmp_path / 'map.safetensors')
+    (tmp_path / 'map.safetensors').write_bytes(first.pack())
     later = config(load=str(tmp_path / 'map.safetensors'))
     count = first.backend.next_key
     second, _ = run(walk, later, frames=range(20, 70))
     stamps, poses = second.trajectory()
     assert second.backend.num_loops > 0 and second.backend.next_key > count
-    assert len(stamps) == 60 + 50
-    np.testing.assert_array_equal(stamps[60:], walk.stamps_ns[20:70])
-    relocalised = np.linalg.norm(poses[60:100, :3, 3] - poses[20:60, :3, 3], axis=1)
-    way = np.linalg.norm(np.diff(poses[:60, :3, 3], axis=0), axis=1).sum()
+    np.testing.assert_array_equal(stamps, walk.stamps_ns[20:70])  # of this run only
+    mapped = first.trajectory()[1][:, :3, 3]
+    relocalised = np.linalg.norm(poses[:40, :3, 3] - mapped[20:60], axis=1)
+    way = np.linalg.norm(np.diff(mapped, axis=0), axis=1).sum()
     assert np.median(relocalised) < 0.03 * way
     with pytest.raises(DataError, match='cannot read'):
         run(walk, config(load=str(tmp_path / 'none')), frames=range(1))

@@ -1,0 +1,182 @@
+"""What a back end corrects leaves the system corrected, in a replay and on the live graph."""
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+from node_harness import CAMERA_FRAME, NodeUnderTest, matrix
+from recordings import MESSAGES, recorded
+from scipy.spatial.transform import Rotation
+
+from stream3r_core.evaluation.trajectory import ate
+from stream3r_core.evaluation.trajectory_files import read_trajectory
+from stream3r_core.mapping import load_ply
+from stream3r_core.synthetic.front_end import SimulatedFrontEnd, make_walk
+from stream3r_core.synthetic.scripted import SIZE_HW, ScriptedNetwork, scripted_image
+from stream3r_ros.bag import BagWriter
+from stream3r_ros.cli import main
+from stream3r_ros.conversions import stamp_ns
+from stream3r_ros.qos import SENSOR_DATA
+
+START_NS, STEP_NS, FRAMES = 10**18, 10**8, 16
+BACKEND = {
+    'backend.kind': 'submaps',
+    'backend.submaps.max_frames': FRAMES,
+    'mapping.voxel_size': 0.2,
+    'mapping.edge_ratio': 0.0,
+}
+# The shipped node, but for the network: that of a simulated front end along a walk.
+SCRIPTED_NODE = f"""
+import sys
+import stream3r_ros.managed_node as node
+from stream3r_ros.cli import main
+from stream3r_core.synthetic.front_end import SimulatedFrontEnd, make_walk
+from stream3r_core.synthetic.scripted import SIZE_HW, ScriptedNetwork
+walk = make_walk('laps', 0, size_m=0.4)
+front_end = SimulatedFrontEnd(walk, 0, session_frames={FRAMES}, size_hw=SIZE_HW)
+node.load_configured_model = lambda options: ScriptedNetwork(front_end)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope='module')
+def walk():
+    return make_walk('laps', 0, size_m=0.4)
+
+
+def image(frame):
+    return MESSAGES.rgb_image(scripted_image(frame), START_NS + frame * STEP_NS, CAMERA_FRAME)
+
+
+def replay(output, *arguments):
+    assert main(['replay', *map(str, arguments), '--output', str(output)]) == 0
+    return json.loads((output / 'summary.json').read_text())
+
+
+def distance_to(points, others):
+    return np.array([np.linalg.norm(others - point, axis=1).min() for point in points])
+
+
+def points_of(message):
+    rows = np.frombuffer(bytes(message.data), np.uint8).reshape(-1, message.point_step)
+    return rows[:, :12].copy().view(np.float32)
+
+
+def matrix_of_pose(pose):
+    q, p = pose.orientation, pose.position
+    T = np.eye(4)
+    T[:3, :3] = Rotation.from_quat([q.x, q.y, q.z, q.w]).as_matrix()
+    T[:3, 3] = p.x, p.y, p.z
+    return T
+
+
+def test_a_replay_writes_where_all_frames_lie_at_the_end(walk, tmp_path, monkeypatch):
+    count = len(walk.stamps_ns)
+    with BagWriter(tmp_path / 'bag') as bag:
+        for frame in range(count):
+            bag.write('/image', image(frame), START_NS + frame * STEP_NS, SENSOR_DATA)
+    front_end = SimulatedFrontEnd(walk, 0, session_frames=FRAMES, size_hw=SIZE_HW)
+    monkeypatch.setattr(
+        'stream3r_ros.replay.load_configured_model', lambda options: ScriptedNetwork(front_end)
+    )
+    options = [word for name, value in BACKEND.items() for word in ('--set', f'{name}={value}')]
+    out = tmp_path / 'out'
+    summary = replay(out, tmp_path / 'bag', *options)
+    assert summary['images_out'] == count and summary['backend']['loops_verified'] > 3
+    final, online = (read_trajectory(out / f'trajectory{n}.tum') for n in ('', '_online'))
+    stamps = (START_NS + np.arange(count) * STEP_NS).tolist()
+    assert final.stamps_ns.tolist() == online.stamps_ns.tolist() == stamps
+    truth = type(final)(final.stamps_ns, walk.T_world_camera, 'truth')
+    assert ate(truth, final, 'sim3').rmse < 0.8 * ate(truth, online, 'sim3').rmse
+    messages = recorded(out)
+    path = messages['/stream3r/path'][-1]
+    assert [stamp_ns(pose) for pose in path.poses] == stamps
+    poses = np.array([matrix_of_pose(pose.pose) for pose in path.poses])
+    np.testing.assert_allclose(poses, final.T_world_camera, atol=1e-6)
+    seen = [stamp_ns(m.transforms[0]) for m in messages['/tf']]
+    assert seen == stamps  # each once: what was said of the past is not said otherwise
+    cloud = load_ply(out / 'map.ply')
+    assert len(cloud) == summary['map_points'] == messages['/stream3r/map'][-1].width
+    again = replay(tmp_path / 'more', tmp_path / 'bag', *options,
+                   '--set', f'backend.load={out}/map.safetensors')  # fmt: skip
+    assert again['backend']['submaps'] > summary['backend']['submaps']
+    assert again['backend']['loops_verified'] > 3
+    assert yaml.safe_load((out / 'config.yaml').read_text())
+    assert json.loads((out / 'summary.json').read_text())['backend'] == summary['backend']
+
+
+@pytest.mark.ros
+def test_after_a_closed_loop_transform_path_and_map_agree(walk, spawn, node, spin_until, tmp_path):
+    node = NodeUnderTest(spawn, node, spin_until, tmp_path / 'node.log')
+    parameters = {
+        **BACKEND, 'status.period_s': 0.1, 'save_map.directory': tmp_path / 'saved',
+        'outputs.path.max_rate_hz': 0.0, 'outputs.map.period_s': 0.1,
+        'outputs.map_changes.period_s': 0.1,
+    }  # fmt: skip
+    words = [word for name, value in parameters.items() for word in ('-p', f'{name}:={value}')]
+    with node.log_file.open('w') as log:
+        node.process = spawn('-c', SCRIPTED_NODE, 'node', '--ros-args', *words,
+                             stdout=log, stderr=log)  # fmt: skip
+    node.wait_until(lambda: node.figure('state') == 'active')
+    node.connect_camera()
+    count = 80  # the second round begins at 45
+    for frame in range(count):
+        node.finish(_live_image(node, frame))
+    node.wait_until(lambda: node.figure('backend_pending') == 0)
+    assert node.figure('corrections') > 0 and node.figure('loops_verified') > 3
+
+    transforms = [message.transforms[0] for message in node.received['/tf']]
+    stamps = [stamp_ns(t) for t in transforms]
+    assert stamps == [START_NS + i * STEP_NS for i in range(count)]  # each once
+    saved = node.call('save_map')
+    assert saved.success and 'map.safetensors' in saved.message
+    final = read_trajectory(tmp_path / 'saved' / 'trajectory.tum')
+    cloud = load_ply(tmp_path / 'saved' / 'map.ply')
+
+    def is_settled():
+        path, last = node.received['~/path'][-1], node.received['~/map'][-1]
+        poses = np.array([matrix_of_pose(pose.pose) for pose in path.poses])
+        if len(poses) != count or not np.allclose(poses, final.T_world_camera, atol=1e-6):
+            return False
+        if last.width != len(cloud) or not np.allclose(
+            points_of(last), cloud.points_xyz, atol=1e-4
+        ):
+            return False
+        return len(_followed(node)) == len(cloud)
+
+    node.wait_until(is_settled)
+    path, last = node.received['~/path'][-1], node.received['~/map'][-1]
+    np.testing.assert_allclose(points_of(last), cloud.points_xyz, atol=1e-4)
+    assert [stamp_ns(pose) for pose in path.poses] == stamps
+    newest = matrix(transforms[-1].transform)
+    np.testing.assert_allclose(newest, matrix_of_pose(path.poses[-1].pose), atol=2e-2)
+    followed = np.array(list(_followed(node).values()))
+    assert np.quantile(distance_to(followed[::50], cloud.points_xyz), 0.99) < 0.05
+    # the path at first, as it was said then, is another one: it has moved
+    first = {stamp_ns(p): matrix_of_pose(p.pose) for p in node.received['~/path'][-1].poses}
+    said = {stamp_ns(t): matrix(t.transform) for t in transforms}
+    moved = [np.linalg.norm(first[s][:3, 3] - said[s][:3, 3]) for s in stamps]
+    assert max(moved) > 0.01
+
+
+def _live_image(node, frame):
+    stamp = START_NS + frame * STEP_NS
+    return node.messages.rgb_image(scripted_image(frame), stamp, CAMERA_FRAME)
+
+
+def _followed(node):
+    """The map of a subscriber of ``~/map_changes``: {number: point}."""
+    held = {}
+    for message in node.received['~/map_changes']:
+        rows = np.frombuffer(bytes(message.data), np.uint8).reshape(-1, message.point_step)
+        if not len(rows):
+            held.clear()
+        numbers = rows[:, -8:].copy().view(np.uint64)[:, 0]
+        xyz, weight = rows[:, :12].copy().view(np.float32), rows[:, -12:-8].copy().view(np.float32)
+        for number, point, w in zip(numbers.tolist(), xyz, weight[:, 0]):
+            if w:
+                held[number] = point
+            else:
+                held.pop(number, None)
+    return held
