@@ -24,7 +24,7 @@ class Reconstructor:
     Nothing moves what is in the map: see :mod:`stream3r_core.slam` for what closes loops.
     """
 
-    num_moves = 0  # corrections of poses and map
+    num_moves = placed_at = 0  # corrections of poses and map
 
     def __init__(self, model, config: CoreConfig):
         self.config = config

@@ -78,6 +78,7 @@ class SubmapReconstructor:
         self._worker: BackendWorker | None = None
         self._recent: deque[_Seen] = deque(maxlen=config.backend.submaps.overlap)
         self._is_full = False  # the next image begins a submap
+        self.placed_at = 0  # num_moves that the newest prediction knew of
         self._begin_map()
         self._last_loaded = -1  # frame of a map that this run goes on in
         if config.backend.load:
@@ -132,6 +133,7 @@ class SubmapReconstructor:
         worker.follow(update, describe)
 
     def _in_map(self, prediction: FramePrediction) -> FramePrediction:
+        self.placed_at = self.num_moves  # before the place is read: at worst told too early
         S = self.backend.S_map_open()
         scale = float(sim3.scale_of(S))
         T = sim3.rigid_of(S @ prediction.T_world_camera.double().numpy())

@@ -150,6 +150,8 @@ class LiveReconstruction:
             sent = self._publishers.publish(prediction, self._frame, config, *carriers)
             self._sigmas = sent.sigmas
             self._track(prediction, config)
+        self._num_moves = self._reconstructor.placed_at  # of what has just joined the path
+        self.follow_corrections()
         self.figures = self._figures()
 
     def _predictions(self, produce: Callable[[], list[FramePrediction]]) -> list[FramePrediction]:
