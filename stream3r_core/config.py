@@ -353,7 +353,7 @@ class MappingConfig:
     )
     max_points: int = option(2_000_000, 'point budget of the map', minimum=1, maximum=100_000_000)
     min_confidence: float = option(
-        1.0,
+        1.1,
         'points below this confidence stay out of the map; its scale differs from network to '
         'network; 1 = no limit',
         minimum=1.0,
