@@ -122,7 +122,7 @@ def test_the_first_image_waits_for_intrinsics_that_come_after_it(live, node):
 
 
 def test_images_of_a_distorting_lens_are_rectified(live):
-    K, d = np.array([[70.0, 0, 41], [0, 75, 29], [0, 0, 1]]), [-0.25, 0.05, 0.001, 0, 0]
+    K, d = np.array([[70.0, 0, 41], [0, 75, 29], [0, 0, 1]]), [-0.25, 0.05, 0.001, 0.0, 0.0]
     live.start()
     live.connect_camera()
     live.send_camera_info(K, d=d)
