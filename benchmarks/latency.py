@@ -10,7 +10,6 @@ arrives, the way through DDS included twice. The first seconds do not count.
 import argparse
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -130,7 +129,7 @@ def run(arguments):
                 rclpy.spin_once(node, timeout_sec=0.1)
         finally:
             for child in children:
-                child.send_signal(signal.SIGINT)
+                child.terminate()
             for child in children:
                 child.wait(PATIENCE_S)
             node.destroy_node()
