@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stream3r_core.config import PRESETS, ModelConfig, flatten, model_config, to_dict
-from stream3r_core.errors import CheckpointError, ConfigError
+from stream3r_core.errors import CheckpointError, ConfigError, first_line
 from stream3r_core.model.network import CausalVGGT
 from stream3r_core.uncertainty import read_uncertainty, uncertainty_path
 
@@ -217,7 +217,7 @@ def _download(hub_id: str, revision: str | None) -> Path:
         except EntryNotFoundError:
             continue
         except (OSError, ValueError) as error:
-            raise CheckpointError(f'{hub_id}: download failed: {_first_line(error)}') from error
+            raise CheckpointError(f'{hub_id}: download failed: {_named(error)}') from error
     raise CheckpointError(
         f'{hub_id} (revision {revision or "main"}) has none of the files {", ".join(names)}'
     )
@@ -273,13 +273,13 @@ def _read_torch(path: Path) -> Any:
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(
         f'{path}: cannot be read as weights; it is truncated, of another kind, or holds objects '
-        f'other than tensors, which are never loaded ({_first_line(error)}). Download it again, '
+        f'other than tensors, which are never loaded ({_named(error)}). Download it again, '
         'or save its plain state dict'
     )
 
 
-def _first_line(error: Exception) -> str:
-    return f'{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ""}'
+def _named(error: Exception) -> str:
+    return f'{type(error).__name__}: {first_line(error)}'
 
 
 def _unwrapped(content: Any, path: Path) -> dict[str, Tensor]:

@@ -31,3 +31,8 @@ class OutputError(Stream3rError):
 
 class MissingDependencyError(Stream3rError):
     """An optional package or system library is needed and absent."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error of another library says, without the lines that explain it."""
+    return str(error).strip().partition('\n')[0]

@@ -38,6 +38,12 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             partial.unlink()
 
 
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write a whole file, as :func:`atomic_write` does."""
+    with atomic_write(path) as file:
+        file.write(content)
+
+
 def _sync_folder(folder: Path) -> None:
     """Make a rename in ``folder`` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -8,7 +8,7 @@ import torch
 
 from stream3r_core.checkpoints import load_model
 from stream3r_core.config import CoreConfig, MappingConfig, WeightsConfig
-from stream3r_core.errors import ConfigError
+from stream3r_core.errors import ConfigError, first_line
 from stream3r_core.geometry import transform_points
 from stream3r_core.image import prepare_photos
 from stream3r_core.mapping import VoxelMap
@@ -157,12 +157,8 @@ def load_configured_model(config: WeightsConfig):
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             f'{config.preset} does not fit into the memory of {device}: free some, raise '
-            f'model.max_gpu_memory, or use a smaller model.dtype ({_first_line(error)})'
+            f'model.max_gpu_memory, or use a smaller model.dtype ({first_line(error)})'
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).partition('\n')[0]
 
 
 def free_gpu_memory(device: torch.device) -> None:

@@ -25,7 +25,7 @@ from stream3r_ros.conversions import (
     stamp_ns,
 )
 from stream3r_ros.ground_truth import BagTruth, at_camera, bag_truth, read_body, static_transform
-from stream3r_ros.sources import Source
+from stream3r_ros.sources import Source, camera_info_name
 from stream3r_ros.tf import camera_frame
 
 DEPTH_TOLERANCE_NS = 20_000_000  # image to depth
@@ -129,7 +129,7 @@ def _image_stamps(bag: BagReader, topic: BagTopic) -> tuple[np.ndarray, _View]:
 
 def _view(bag: BagReader, topic: str, frame_id: str) -> _View:
     """The camera of a topic, with the intrinsics of the camera_info topic beside it."""
-    name = topic.removesuffix('/compressed').rpartition('/')[0] + '/camera_info'
+    name = camera_info_name('auto', topic)
     message = next(bag.messages([name]), None) if name in bag.topics else None
     if message is None:
         return _View(frame_id, None, None)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from stream3r_core.errors import InputError
+from stream3r_core.errors import InputError, first_line
 from stream3r_core.evaluation.trajectory import Trajectory
 from stream3r_core.image import prepare
 from stream3r_core.slam import SubmapReconstructor, make_reconstructor
@@ -161,7 +161,7 @@ class LiveReconstruction:
             return produce()
         except torch.OutOfMemoryError as error:
             self._count_lost_of_chunk(num_waiting)
-            reason = str(error).partition('\n')[0]
+            reason = first_line(error)
         except Exception as error:
             self._count_lost_of_chunk(num_waiting)
             if self._reconstructor.session.is_broken:
@@ -187,8 +187,9 @@ class LiveReconstruction:
 
     def _begin_from_trusted_pose(self, reason: str) -> None:
         """Start a new session in the same map, where tracking was last trusted."""
-        self._reconstructor.session.reset()
-        if self._trusted_pose is not None:
+        if self._trusted_pose is None:
+            self._reconstructor.reset(keep_map=True)
+        else:
             self._reconstructor.restart_at(self._trusted_pose)
         self._tracking.reset()
         self._restarts[reason] += 1

@@ -13,7 +13,7 @@ import numpy as np
 from stream3r_core.errors import ConfigError, InputError, OutputError
 from stream3r_core.evaluation.trajectory import Trajectory
 from stream3r_core.evaluation.trajectory_files import write_tum
-from stream3r_core.files import atomic_write
+from stream3r_core.files import write_bytes
 from stream3r_core.mapping import MapCloud, save_pcd, save_ply
 from stream3r_ros.config import SaveMapConfig
 from stream3r_ros.provenance import Provenance
@@ -93,7 +93,7 @@ def save_snapshot(snapshot: Snapshot, config: SaveMapConfig) -> list[Path]:
         writers[f'{trajectory_name}.tum'] = partial(write_tum, trajectory=snapshot.trajectory)
     writers[f'{map_name}.json'] = snapshot.made_with.write
     if snapshot.map_file is not None:
-        writers[f'{map_name}.safetensors'] = partial(_write_bytes, snapshot.map_file)
+        writers[f'{map_name}.safetensors'] = partial(write_bytes, content=snapshot.map_file)
     folder = _folder(config.directory)
     _check_space(folder, snapshot)
     for name, write in writers.items():
@@ -114,11 +114,6 @@ def check_saving(config: SaveMapConfig) -> None:
             )
     if not (config.ply or config.pcd or config.tum):
         raise ConfigError('save_map: ply, pcd and tum are all switched off: nothing to write')
-
-
-def _write_bytes(content: bytes, path: Path) -> None:
-    with atomic_write(path) as file:
-        file.write(content)
 
 
 def _folder(directory: str) -> Path:

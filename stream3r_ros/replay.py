@@ -29,7 +29,7 @@ from stream3r_ros.options import (
 )
 from stream3r_ros.provenance import Provenance
 from stream3r_ros.report import Report
-from stream3r_ros.results import BAG, MADE_WITH, MAP, MAP_FILE, ONLINE, TRAJECTORY, Results
+from stream3r_ros.results import BAG, MADE_WITH, MAP, MAP_FILE, ONLINE, TRAJECTORY, Results, RunBag
 from stream3r_ros.sources import (
     DEFAULT_RATE_HZ,
     BagSource,
@@ -167,7 +167,7 @@ def replay(
         report = Report(source.name, model.weights_info, say=progress.write)
         frames = _usable_frames(progress, config, report, is_interrupted)
         uncertainty = model.uncertainties.get(config.session.mode)
-        end: tuple = ()  # what a back end says when all images are in
+        corrected = pack = None  # what a back end says when all images are in
         if config.session.mode == 'full':
             voxel_map = VoxelMap(config.mapping)
             predictions = _photo_predictions(frames, model, config, voxel_map)
@@ -176,9 +176,10 @@ def replay(
             voxel_map = reconstructor.map
             predictions = _stream_predictions(frames, reconstructor, report)
             if isinstance(reconstructor, SubmapReconstructor):
-                end = reconstructor.trajectory, reconstructor.pack
+                corrected, pack = reconstructor.trajectory, reconstructor.pack
                 report.backend = reconstructor.figures
-        with Results(folder, config, voxel_map, uncertainty, *end) as results:
+        bag = RunBag(folder, config, voxel_map, uncertainty, corrected)
+        with Results(bag, pack) as results:
             try:
                 for prediction, frame_id in predictions:
                     results.add(prediction, frame_id)

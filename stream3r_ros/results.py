@@ -8,7 +8,7 @@ import numpy as np
 
 from stream3r_core.evaluation.trajectory import Trajectory
 from stream3r_core.evaluation.trajectory_files import TumWriter, write_tum
-from stream3r_core.files import atomic_write
+from stream3r_core.files import write_bytes
 from stream3r_core.mapping import VoxelMap, save_ply
 from stream3r_core.types import FramePrediction
 from stream3r_core.uncertainty import Uncertainty
@@ -43,8 +43,7 @@ class RunBag:
         uncertainty: Uncertainty | None = None,
         corrected: Corrected | None = None,
     ):
-        self._folder = folder
-        self._map, self._corrected = voxel_map, corrected
+        self.folder, self.map, self.corrected = folder, voxel_map, corrected
         self.outputs = Outputs(
             rosbags_messages(),
             config.map_frame,
@@ -57,17 +56,17 @@ class RunBag:
         self._open_files = ExitStack()
 
     def __enter__(self) -> 'RunBag':
-        self._bag = self._open_files.enter_context(BagWriter(self._folder / BAG))
+        self._bag = self._open_files.enter_context(BagWriter(self.folder / BAG))
         return self
 
     def __exit__(self, *_: object) -> None:
         with self._open_files:
             if self.last_stamp_ns is not None:
                 stamp_ns = self.last_stamp_ns
-                if self._corrected is not None:
-                    self.outputs.correct(*self._corrected())
+                if self.corrected is not None:
+                    self.outputs.correct(*self.corrected())
                 self._record('~/path', self.outputs.path(stamp_ns), stamp_ns)
-                self._record('~/map', self.outputs.map(self._map.view(), stamp_ns), stamp_ns)
+                self._record('~/map', self.outputs.map(self.map.view(), stamp_ns), stamp_ns)
 
     def add(self, prediction: FramePrediction, camera_frame: str) -> FrameOutputs:
         """Write the messages of one frame and return what they were made of."""
@@ -84,29 +83,19 @@ class RunBag:
 class Results:
     """Trajectory, map and bag of a replay, in the map frame; a context manager like RunBag.
 
-    With ``corrected`` the trajectory is the one of the end, and beside it lies the one of the
-    poses as they came. ``pack`` gives the content of the map file to go on with.
+    Where the bag knows corrected poses, the trajectory is the one of the end, and beside it lies
+    the one of the poses as they came. ``pack`` gives the content of the map file to go on with.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        config: NodeConfig,
-        voxel_map: VoxelMap,
-        uncertainty: Uncertainty | None = None,
-        corrected: Corrected | None = None,
-        pack: Callable[[], bytes] | None = None,
-    ):
-        self._folder, self._map = folder, voxel_map
-        self._corrected, self._pack = corrected, pack
-        self._bag = RunBag(folder, config, voxel_map, uncertainty, corrected)
+    def __init__(self, bag: RunBag, pack: Callable[[], bytes] | None = None):
+        self._bag, self._pack = bag, pack
         self._open_files = ExitStack()
 
     def __enter__(self) -> 'Results':
         with ExitStack() as opening:
             opening.callback(self._write_map)
-            online = TRAJECTORY if self._corrected is None else ONLINE
-            self._trajectory = opening.enter_context(TumWriter(self._folder / online))
+            online = TRAJECTORY if self._bag.corrected is None else ONLINE
+            self._trajectory = opening.enter_context(TumWriter(self._bag.folder / online))
             opening.enter_context(self._bag)
             self._open_files = opening.pop_all()
         return self
@@ -120,14 +109,13 @@ class Results:
         self._trajectory.write(frame.stamp_ns, frame.T_map_camera)
 
     def _write_map(self) -> None:
-        outputs = self._bag.outputs
-        if self._bag.last_stamp_ns is None:
+        bag, folder = self._bag, self._bag.folder
+        if bag.last_stamp_ns is None:
             return
-        save_ply(outputs.in_map_frame(self._map.points()), self._folder / MAP)
-        if self._corrected is not None:
-            stamps_ns, poses = self._corrected()
-            trajectory = Trajectory(stamps_ns, outputs.poses_in_map(poses), TRAJECTORY)
-            write_tum(self._folder / TRAJECTORY, trajectory)
+        save_ply(bag.outputs.in_map_frame(bag.map.points()), folder / MAP)
+        if bag.corrected is not None:
+            stamps_ns, poses = bag.corrected()
+            trajectory = Trajectory(stamps_ns, bag.outputs.poses_in_map(poses), TRAJECTORY)
+            write_tum(folder / TRAJECTORY, trajectory)
         if self._pack is not None:
-            with atomic_write(self._folder / MAP_FILE) as file:
-                file.write(self._pack())
+            write_bytes(folder / MAP_FILE, self._pack())

@@ -38,7 +38,7 @@ from stream3r_core.backend.keyframes import Keyframe
 from stream3r_core.backend.pose_graph import Edge
 from stream3r_core.backend.submap import Submap
 from stream3r_core.errors import DataError, InputError
-from stream3r_core.files import atomic_write
+from stream3r_core.files import write_bytes
 from stream3r_core.mapping import MapCloud
 
 FORMAT, VERSION = 'stream3r-map', '1'
@@ -55,8 +55,7 @@ def save_map(backend: SubmapBackend, path: str | Path) -> None:
         OutputError: The file cannot be written.
 
     """
-    with atomic_write(path) as file:
-        file.write(pack_map(backend))
+    write_bytes(path, pack_map(backend))
 
 
 def pack_map(backend: SubmapBackend) -> bytes:

@@ -139,6 +139,12 @@ class NodeUnderTest:
         for index in indices:
             self.finish(self.image(index))
 
+    def send(self, message, count):
+        """Send one image and wait until ``count()`` has risen by one."""
+        before = count()
+        self.camera.publish(message)
+        self.wait_until(lambda: count() == before + 1)
+
     def finish(self, message):
         """Send one image and wait for its transform."""
         count = len(self.received['/tf']) + 1

@@ -49,9 +49,7 @@ def dealt_with(live):
 
 def send(live, image):
     """Send an image and wait until the node has dealt with it."""
-    before = dealt_with(live)
-    live.camera.publish(image)
-    live.wait_until(lambda: dealt_with(live) == before + 1)
+    live.send(image, lambda: dealt_with(live))
 
 
 def test_no_image_message_ends_the_node_or_its_session(live):
