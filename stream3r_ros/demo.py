@@ -206,7 +206,7 @@ def _run_live(plan: Plan, is_interrupted: Callable[[], bool]) -> None:
         log = plan.folder / NODE_LOG
         print(f'starting the node, see {log}', flush=True)
         node = stack.enter_context(_process('node', plan.node, log))
-        watch = _Watch(demo, node, log)
+        watch = stack.enter_context(_Watch(demo, node, log))
         problem = ''
         if watch.until(lambda: observer.state == 'active', stop=is_interrupted):
             problem = _play(plan, observer, watch, is_interrupted)
@@ -266,6 +266,13 @@ class _Watch:
         self._executor.add_node(own_node)
         self._process = process
         self._log = log
+
+    def __enter__(self) -> '_Watch':
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # An executor that outlives its context fails when it is collected.
+        self._executor.shutdown(timeout_sec=0)
 
     def until(
         self,
