@@ -24,7 +24,7 @@ from stream3r_core.kernels import merge as kernel
 from stream3r_core.kernels.merge import Buffers, Merged, MergeRule, Pivots, Tokens, merge
 
 NARROW = 1 << 15  # indices below fit into 16 bits
-MIN_TILE_BYTES = 1 << 23
+MIN_TILE_BYTES = 1 << 25  # with less, a frame of 112x88 on a CPU spends 35 ms on small operations
 
 
 class Dropped(NamedTuple):
