@@ -35,9 +35,7 @@ def write_html(path: Path, report: Report, figures: list[Figure]) -> None:
         _list('Frames that could not be used', report.refused),
         '<h2>Conditions</h2>',
         table(('condition', 'value'), flat({**report.source, **report.conditions})),
-        '<details><summary>Configuration</summary>',
-        table(('option', 'value'), flat(report.config)),
-        '</details>',
+        configuration(report.config),
     ]
     write_page(path, report.name, body)
 
@@ -48,6 +46,12 @@ def write_page(path: Path, title: str, body: Iterable[str]) -> None:
     page = f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(body)}</body></html>'
     with atomic_write(path) as file:
         file.write(page.encode())
+
+
+def configuration(config: dict) -> str:
+    """Return the table of all options, folded."""
+    rows = table(('option', 'value'), flat(config))
+    return f'<details><summary>Configuration</summary>{rows}</details>'
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from stream3r_core.config import CoreConfig, ImageConfig
+from stream3r_core.config import CoreConfig, ImageConfig, ModelConfig
 from stream3r_core.errors import DataError
 from stream3r_core.evaluation.datasets.frames import Clip, Frame
 from stream3r_core.evaluation.depth import (
@@ -30,6 +30,25 @@ EVAL_LOADER = ImageConfig(fit='eval')
 FULL_SIDE = 518  # pixels that the published sizes refer to
 RECON_HEIGHT, RECON_CROP, CO3D_SIDE = 392, 224, 224
 CO3D_FRAMES, CO3D_MIN_LENGTH = 10, 50
+
+
+@dataclass(frozen=True)
+class ImageSizes:
+    """Sides of the images of the protocols, pixels."""
+
+    long_side: int
+    recon_height: int
+    recon_crop: int
+    co3d_side: int
+
+
+def image_sizes(config: ModelConfig) -> ImageSizes:
+    """Return what a network sees: the published sizes, shrunk with its image side."""
+    sides = (
+        max(1, round(side * config.img_size / FULL_SIDE / config.patch_size)) * config.patch_size
+        for side in (RECON_HEIGHT, RECON_CROP, CO3D_SIDE)
+    )
+    return ImageSizes(config.img_size, *sides)
 
 
 @dataclass(frozen=True)
@@ -67,6 +86,11 @@ class Network:
             if answer is not None:
                 yield from (p.to('cpu') for p in _listed(answer))
         yield from (p.to('cpu') for p in session.flush())
+
+    @property
+    def image_sizes(self) -> ImageSizes:
+        """Sides of the images that it is shown."""
+        return image_sizes(self.model.config)
 
     @property
     def recon_outputs(self) -> tuple[str, ...]:
@@ -170,7 +194,7 @@ def co3d_pose(clip: Clip, network: Network) -> Scores:
         return Scores({}, 0, (f'clips of fewer than {CO3D_MIN_LENGTH} frames are left out',))
     chosen = np.random.default_rng(0).choice(len(clip), CO3D_FRAMES, replace=False)
     clip = clip.take(sorted(chosen))
-    side = _scaled(CO3D_SIDE, network)
+    side = network.image_sizes.co3d_side
     squashed = (_resized(image, (side, side)) for image in _images(clip))
     loader = ImageConfig(long_side=side, fit='crop')
     truth, estimate = _posed(clip, network.predict(squashed, loader))
@@ -191,7 +215,7 @@ def reconstruction(
     truth, valid = torch.stack(truth), torch.stack(valid)
     valid &= predicted.isfinite().all(dim=-1)
     aligned = align_point_maps(predicted, truth, valid, poses[0])
-    side = _scaled(RECON_CROP, network)
+    side = network.image_sizes.recon_crop
     inside = centre_crop(valid, side)
     clouds = (centre_crop(maps, side)[inside] for maps in (aligned.prediction, aligned.truth))
     result = map_errors(*(c.double().numpy() for c in clouds), icp, max_distance_m)
@@ -225,9 +249,7 @@ def _world_points(prediction: FramePrediction, network: Network) -> Tensor:
 def _recon_view(frame: Frame, network: Network) -> tuple[np.ndarray, Tensor, Tensor, Tensor]:
     """Image [H, W, 3], true world points [H, W, 3], validity [H, W] and pose at network size."""
     image, depth_m = frame.load_image(), frame.load_depth_m()
-    patch = network.model.config.patch_size
-    long_side = network.model.config.img_size
-    short_side = round(RECON_HEIGHT * long_side / FULL_SIDE / patch) * patch
+    long_side, short_side = network.image_sizes.long_side, network.image_sizes.recon_height
     portrait = image.shape[0] > image.shape[1]
     size_hw = (long_side, short_side) if portrait else (short_side, long_side)
     image, depth_m, K = crop_resize(image, depth_m, frame.K, size_hw)
@@ -279,10 +301,3 @@ def _resized(image: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
     shrinks = size_hw[0] < image.shape[0]
     resampling = Image.Resampling.LANCZOS if shrinks else Image.Resampling.BICUBIC
     return np.asarray(Image.fromarray(image).resize(size_hw[::-1], resampling))
-
-
-def _scaled(side: int, network: Network) -> int:
-    """A published side in pixels, for networks that see smaller images."""
-    config = network.model.config
-    scaled = round(side * min(1.0, config.img_size / FULL_SIDE) / config.patch_size)
-    return max(scaled, 1) * config.patch_size

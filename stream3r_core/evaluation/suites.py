@@ -1,5 +1,6 @@
 """Whole published protocols over their datasets, with resume and a summary beside references."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from stream3r_core.evaluation.datasets.frames import Clip
 from stream3r_core.evaluation.datasets.sintel import POSE_SEQUENCES
 from stream3r_core.evaluation.fingerprint import digest, files_digest, weights_digest
 from stream3r_core.evaluation.jobs import run_jobs
-from stream3r_core.evaluation.protocols import Network, Scores
+from stream3r_core.evaluation.protocols import Network, Scores, image_sizes
 from stream3r_core.files import atomic_write
 from stream3r_core.pipeline import load_configured_model
 
@@ -26,18 +27,6 @@ BONN_SEQUENCES = tuple(
     f'rgbd_bonn_{name}'
     for name in ('balloon2', 'crowd2', 'crowd3', 'person_tracking2', 'synchronous')
 )
-
-
-def _all_of(clip: Clip) -> Clip:
-    return clip
-
-
-def _every(step: int, clip: Clip) -> Clip:
-    return clip.every(step)
-
-
-def _half_at_most(step: int, clip: Clip) -> Clip:
-    return clip.every(max(1, min(step, len(clip) // 2)))
 
 
 @dataclass(frozen=True)
@@ -56,10 +45,10 @@ class Part:
     dataset: str  # name of the reader
     folder: str  # below the data root
     names: tuple[str, ...] = ()  # clips; () = all
-    thin: Callable[[Clip], Clip] = _all_of
+    step: int = 1  # every ``step``-th frame
+    at_least_two: bool = False  # of a clip that has fewer than two steps
     options: tuple[tuple[str, float], ...] = ()  # of the protocol
     protocol: str = ''  # key of the reference table that may stand beside it
-    frames: str = 'all'  # which ones ``thin`` leaves, in the words of the reference tables
     also: tuple[Selection, ...] = ()  # averages over some of the clips, each in its own table
 
     @property
@@ -67,20 +56,26 @@ class Part:
         """All clips together, then the further selections."""
         return (Selection(self.dataset, self.names, self.protocol), *self.also)
 
+    @property
+    def frames(self) -> str:
+        """Which frames of a clip are judged, in the words of the reference tables."""
+        every = 'all' if self.step == 1 else f'every {self.step}th'
+        return f'{every}, two at least' if self.at_least_two else every
+
+    def thin(self, clip: Clip) -> Clip:
+        """Return the frames of a clip that are judged."""
+        most = len(clip) // 2 if self.at_least_two else self.step
+        return clip.every(max(1, min(self.step, most)))
+
 
 @dataclass(frozen=True)
 class Suite:
     """One protocol over several datasets."""
 
-    description: str
+    description: str  # with the fields of ImageSizes in braces
     judge: Callable[..., Scores]
     parts: tuple[Part, ...]
     weighted: bool = False  # average by weight (valid pixels) instead of plain
-
-
-def _every_part(step: int, name: str, folder: str, protocol: str) -> Part:
-    thin = partial(_every, step)
-    return Part(name, folder, thin=thin, protocol=protocol, frames=f'every {step}th')
 
 
 def _depth_part(name, folder, names=(), max_depth_m=None, clip_depth_m=None, **rest):
@@ -90,7 +85,8 @@ def _depth_part(name, folder, names=(), max_depth_m=None, clip_depth_m=None, **r
 
 SUITES: dict[str, Suite] = {
     'mono_depth': Suite(
-        'each image alone, long side 518, median alignment per image; averages over valid pixels',
+        'each image alone, long side {long_side}, median alignment per image; '
+        'averages over valid pixels',
         protocols.mono_depth,
         (
             _depth_part('sintel', 'sintel', max_depth_m=70, clip_depth_m=70),
@@ -101,7 +97,8 @@ SUITES: dict[str, Suite] = {
         weighted=True,
     ),
     'video_depth': Suite(
-        'whole sequences, long side 518, one alignment per sequence; averages over valid pixels',
+        'whole sequences, long side {long_side}, one alignment per sequence; '
+        'averages over valid pixels',
         protocols.video_depth,
         (
             _depth_part(
@@ -117,7 +114,7 @@ SUITES: dict[str, Suite] = {
         weighted=True,
     ),
     'camera_pose': Suite(
-        'whole sequences, long side 518, Sim(3) alignment; plain mean over sequences',
+        'whole sequences, long side {long_side}, Sim(3) alignment; plain mean over sequences',
         protocols.camera_pose,
         (
             Part('tum_90', 'tum'),
@@ -126,29 +123,26 @@ SUITES: dict[str, Suite] = {
         ),
     ),
     'co3d_pose': Suite(
-        'ten random frames per sequence, 224 x 224; plain mean over categories',
+        'ten random frames per sequence, {co3d_side} x {co3d_side}; plain mean over categories',
         protocols.co3d_pose,
         (Part('co3d', 'co3d'),),
     ),
     'mv_recon': Suite(
-        'sparse keyframes, 518 x 392, central crop; ICP first; plain mean over scenes',
+        'sparse keyframes, {long_side} x {recon_height}, central crop {recon_crop}; ICP first; '
+        'plain mean over scenes',
         protocols.reconstruction,
         (
-            Part('7scenes_test', '7scenes', thin=partial(_every, 200), frames='every 200th'),
-            Part(
-                'neural_rgbd',
-                'neural_rgbd',
-                thin=partial(_half_at_most, 500),
-                frames='every 500th, two at least',
-            ),
+            Part('7scenes_test', '7scenes', step=200),
+            Part('neural_rgbd', 'neural_rgbd', step=500, at_least_two=True),
         ),
     ),
     'long_recon': Suite(
-        'every 5th frame, 518 x 392, central crop; ICP first; plain mean over scenes',
+        'every 5th frame, {long_side} x {recon_height}, central crop {recon_crop}; ICP first; '
+        'plain mean over scenes',
         protocols.reconstruction,
         (
-            _every_part(5, '7scenes_test', '7scenes', 'long_recon/7scenes'),
-            _every_part(5, 'neural_rgbd', 'neural_rgbd', 'long_recon/neural_rgbd'),
+            Part('7scenes_test', '7scenes', step=5, protocol='long_recon/7scenes'),
+            Part('neural_rgbd', 'neural_rgbd', step=5, protocol='long_recon/neural_rgbd'),
         ),
     ),
 }
@@ -277,7 +271,8 @@ def _model(config: WeightsConfig):
 
 def _judge_clip(run: SuiteRun, part: Part, name: str) -> dict:
     """Run one clip through the suite's protocol; return what its record holds."""
-    clip = part.thin(dataset(part.dataset).read(run.data / part.folder, name))
+    whole = dataset(part.dataset).read(run.data / part.folder, name)
+    clip = part.thin(whole)
     model = _model(run.config.model)
     options = dict(part.options)
     judge = suite(run.name).judge
@@ -289,6 +284,8 @@ def _judge_clip(run: SuiteRun, part: Part, name: str) -> dict:
         'weight': scores.weight,
         'remarks': list(scores.remarks),
         'frames': len(clip),
+        'clip_frames': len(whole),
+        'image_sizes': dataclasses.asdict(image_sizes(model.config)),
         'conditions': conditions(model),
     }
 

@@ -1,5 +1,6 @@
 """Summary of a suite: its averages beside the published rows of the same protocol."""
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from html import escape
@@ -7,22 +8,23 @@ from pathlib import Path
 
 import yaml
 
-from stream3r_core.config import to_dict
-from stream3r_core.evaluation.html import flat, number, table, write_page
-from stream3r_core.evaluation.protocols import reconstruction
+from stream3r_core.config import ModelConfig, to_dict
+from stream3r_core.evaluation.html import configuration, flat, number, table, write_page
+from stream3r_core.evaluation.protocols import image_sizes, reconstruction
 from stream3r_core.evaluation.suites import Part, Selection, SuiteRun, averages, judged, suite
 from stream3r_core.files import atomic_write
 
 REFERENCE = Path(__file__).with_name('reference.yaml')
-OWN_ROW = 'this run'
 
 
 @dataclass(frozen=True)
 class ReferenceTable:
     """Published rows of one protocol; None where a value was not published.
 
-    ``clips`` are the sequences that the rows are averages over, None where the source does not
-    list them; ``frames`` which frames of each; ``icp`` the registration, '' where there is none.
+    ``clips`` are the sequences that the rows are averages over with their number of frames, None
+    where the source does not list them; ``frames`` which of these were judged; ``long_side`` that
+    of the images in pixels, None where it is not told; ``icp`` the registration, '' where there
+    is none.
     """
 
     protocol: str
@@ -30,8 +32,9 @@ class ReferenceTable:
     source: str
     columns: list[str]
     rows: dict[str, list[float | None]]
-    clips: list[str] | None = None
+    clips: dict[str, int] | None = None
     frames: str = 'all'
+    long_side: int | None = None
     icp: str = ''
     note: str = ''
 
@@ -50,6 +53,13 @@ def reference_tables() -> list[ReferenceTable]:
     """Read the published rows that come with the package."""
     content = yaml.safe_load(REFERENCE.read_text(encoding='utf-8'))
     return [ReferenceTable(**entry) for entry in content]
+
+
+def own_row(run: SuiteRun) -> str:
+    """Name of a run's row: attention mode and weights."""
+    model = run.config.model
+    weights = f'{model.preset}, {model.weights}' if model.weights else model.preset
+    return f'this run: {run.config.session.mode}, {weights}'
 
 
 def summarise(run: SuiteRun, records: list[dict]) -> list[SummaryTable]:
@@ -74,7 +84,7 @@ def _table(
     records: list[dict],
 ) -> SummaryTable:
     good = judged(records, part.dataset, selection.names)
-    columns, rows = list(mean), {OWN_ROW: list(mean.values())}
+    columns, rows = list(mean), {own_row(run): list(mean.values())}
     wanted = f' of {len(selection.names)}' if selection.names else ''
     frames = sum(r['frames'] for r in good)
     remarks = [f'{len(good)}{wanted} clips, {frames} frames ({part.frames})']
@@ -89,7 +99,8 @@ def _table(
         for name, values in reference.rows.items():
             known = dict(zip(reference.columns, values))
             rows[name] = [known.get(column) for column in columns]
-    rows[OWN_ROW] += [None] * (len(columns) - len(rows[OWN_ROW]))
+    own = rows[own_row(run)]
+    own += [None] * (len(columns) - len(own))
     return SummaryTable(selection.title, columns, rows, remarks)
 
 
@@ -100,17 +111,35 @@ def _differences(
     differences = []
     if reference.clips is None:
         differences.append('the source does not list its clips')
-    elif set(reference.clips) != (here := {r['clip'] for r in good}):
-        common = len(here.intersection(reference.clips))
-        differences.append(
-            f'its {len(reference.clips)} clips are not the {len(here)} judged here '
-            f'({common} in common)'
-        )
+    else:
+        differences += _other_clips(reference, good)
+    sides = sorted({r['image_sizes']['long_side'] for r in good})
+    if reference.long_side is None:
+        differences.append('the source does not tell the size of its images')
+    elif sides != [reference.long_side]:
+        here = ', '.join(map(str, sides))
+        differences.append(f'its images have a long side of {reference.long_side}, here {here}')
     if reference.frames != part.frames:
         differences.append(f'its frames are {reference.frames}, here {part.frames}')
     if reference.icp and reference.icp != run.icp:
         differences.append(f'its registration is {reference.icp}, here {run.icp}')
     return differences
+
+
+def _other_clips(reference: ReferenceTable, good: list[dict]) -> list[str]:
+    """How the clips judged differ from those of a reference, in name or length."""
+    here = {r['clip']: r['clip_frames'] for r in good}
+    if set(reference.clips) != set(here):
+        common = len(set(here).intersection(reference.clips))
+        return [
+            f'its {len(reference.clips)} clips are not the {len(here)} judged here '
+            f'({common} in common)'
+        ]
+    return [
+        f'its clip {name} has {frames} frames, here {here[name]}'
+        for name, frames in reference.clips.items()
+        if here[name] != frames
+    ][:1]
 
 
 def _told(reference: ReferenceTable) -> list[str]:
@@ -137,18 +166,22 @@ def write_summary(run: SuiteRun, records: list[dict]) -> list[SummaryTable]:
     tables = summarise(run, records)
     folder = run.output / run.name
     failures = [(r['dataset'], r['clip'], r['failure']) for r in records if r['failure']]
-    conditions = next((r['conditions'] for r in records if not r['failure']), {})
+    first = next((r for r in records if not r['failure']), None)
+    conditions = first['conditions'] if first else {}
+    sizes = first['image_sizes'] if first else dataclasses.asdict(image_sizes(ModelConfig()))
+    protocol = suite(run.name).description.format(**sizes)
+    config = to_dict(run.config)
     content = {
         'suite': run.name,
-        'protocol': suite(run.name).description,
+        'protocol': protocol,
         'averages': averages(run, records),
         'failures': failures,
         'conditions': conditions,
-        'config': to_dict(run.config),
+        'config': config,
     }
     with atomic_write(folder / 'summary.json') as file:
         file.write(json.dumps(content, indent=1).encode())
-    body = [f'<h1>{escape(run.name)}</h1><p>{escape(suite(run.name).description)}</p>']
+    body = [f'<h1>{escape(run.name)}</h1><p>{escape(protocol)}</p>']
     body += map(_html_table, tables)
     if others := other_protocols(run, records):
         body.append('<h1>Other protocols: not comparable with this run</h1>')
@@ -156,6 +189,7 @@ def write_summary(run: SuiteRun, records: list[dict]) -> list[SummaryTable]:
     if failures:
         body.append('<h2>Failed or missing</h2>' + table(('dataset', 'clip', 'reason'), failures))
     body.append('<h2>Conditions</h2>' + table(('condition', 'value'), flat(conditions)))
+    body.append(configuration(config))
     write_page(folder / 'summary.html', run.name, body)
     return tables
 

@@ -10,21 +10,24 @@ import dataset_miniatures as miniatures
 import pytest
 from oracle import CONFIG
 
-from stream3r_core.config import from_dict, to_dict
+from stream3r_core.config import ModelConfig, from_dict, to_dict
 from stream3r_core.errors import ConfigError, DataError
 from stream3r_core.evaluation import suites, summary
+from stream3r_core.evaluation.datasets.frames import Clip, Frame
 from stream3r_core.evaluation.datasets.sintel import POSE_SEQUENCES
 from stream3r_core.evaluation.fingerprint import weights_digest
+from stream3r_core.evaluation.protocols import ImageSizes, image_sizes
 from stream3r_core.evaluation.suites import SUITES, SuiteRun, averages, run_suite, suite
 from stream3r_core.evaluation.summary import (
-    OWN_ROW,
     ReferenceTable,
     as_text,
     other_protocols,
+    own_row,
     reference_tables,
     summarise,
     write_summary,
 )
+from stream3r_core.pipeline import load_configured_model
 
 CAUSAL = from_dict(type(CONFIG), {**to_dict(CONFIG), 'session': {'mode': 'causal'}})
 
@@ -197,24 +200,96 @@ def test_no_dataset_at_all_and_unknown_suites_are_refused(tmp_path):
         suite('stereo')
 
 
-def own_records(dataset, numbers, clips=('a',)):
+WHOLE = {**dict.fromkeys(POSE_SEQUENCES, 50), 'ambush_4': 33, 'ambush_6': 20, 'market_6': 40}
+
+
+def own_records(dataset, numbers, clips=('a',), long_side=518):
     common = {'dataset': dataset, 'failure': '', 'weight': 1.0, 'frames': 7, 'numbers': numbers}
     told = {'remarks': ['a remark'], 'conditions': {'device': 'cpu'}}
-    return [common | told | {'clip': clip} for clip in clips]
+    told |= {'image_sizes': {'long_side': long_side}}
+    return [common | told | {'clip': clip, 'clip_frames': WHOLE.get(clip, 1000)} for clip in clips]
 
 
 def test_published_rows_stand_beside_the_run_only_under_the_same_protocol(tmp_path):
     run = run_of('camera_pose', tmp_path, tmp_path)
     records = own_records('sintel', {'ATE RMSE (m)': 0.5}, POSE_SEQUENCES)
     (own,) = summarise(run, records)
-    assert own.rows[OWN_ROW] == [0.5, None]
+    assert own.rows[own_row(run)] == [0.5, None]
     assert own.rows['STream3R with STAC'] == [None, 1.486]
     assert any('second-hand' in remark for remark in own.remarks)
     assert not any('Sintel' in entry.title for entry in other_protocols(run, records))
     (fewer,) = summarise(run, records[1:])
-    assert list(fewer.rows) == [OWN_ROW] and '13 of 14 clips' in fewer.remarks[0]
+    assert list(fewer.rows) == [own_row(run)] and '13 of 14 clips' in fewer.remarks[0]
     (apart,) = (t for t in other_protocols(run, records[1:]) if 'Sintel' in t.title)
     assert 'its 14 clips are not the 13 judged here' in apart.remarks[-1]
+
+
+def test_a_small_network_on_a_short_sintel_stands_beside_nobody(data, tmp_path):
+    for name in POSE_SEQUENCES[1:]:
+        for kind in ('final', 'depth', 'camdata_left'):
+            folder = data / 'sintel/training' / kind
+            shutil.copytree(folder / POSE_SEQUENCES[0], folder / name)
+    run = run_of('camera_pose', data, tmp_path)
+    records = [r for r in run_suite(run, num_workers=0) if r['dataset'] == 'sintel']
+    (own,) = write_summary(run, records)
+    assert list(own.rows) == [own_row(run)] == ['this run: causal, tiny, random']
+    (apart,) = (t for t in other_protocols(run, records) if 'Sintel' in t.title)
+    side = load_configured_model(CAUSAL.model).config.img_size
+    assert 'its clip alley_2 has 50 frames, here 3' in apart.remarks
+    assert f'its images have a long side of 518, here {side}' in apart.remarks
+    page = (tmp_path / 'out/camera_pose/summary.html').read_text()
+    assert f'whole sequences, long side {side}, Sim(3)' in page
+    assert 'session.mode' in page
+
+
+SUITE_PARTS = {  # folder, frames judged of 1200 and of 600, max and clip depth (m)
+    'mono_depth': {
+        'sintel': ('sintel', 1200, 600, 70, 70),
+        'bonn_110': ('bonn', 1200, 600, 70, None),
+        'kitti_depth': ('kitti', 1200, 600, None, None),
+        'nyu': ('nyu-v2', 1200, 600, None, None),
+    },
+    'video_depth': {
+        'sintel': ('sintel', 1200, 600, 70, 70),
+        'bonn_110': ('bonn', 1200, 600, 70, None),
+        'kitti_depth_video': ('kitti', 1200, 600, None, None),
+    },
+    'camera_pose': {
+        'tum_90': ('tum', 1200, 600),
+        'sintel': ('sintel', 1200, 600),
+        'scannet_90': ('scannet', 1200, 600),
+    },
+    'co3d_pose': {'co3d': ('co3d', 1200, 600)},
+    'mv_recon': {'7scenes_test': ('7scenes', 6, 3), 'neural_rgbd': ('neural_rgbd', 3, 2)},
+    'long_recon': {
+        '7scenes_test': ('7scenes', 240, 120),
+        'neural_rgbd': ('neural_rgbd', 240, 120),
+    },
+}
+LABELS = {1200: 'all', 240: 'every 5th', 6: 'every 200th', 3: 'every 500th, two at least'}
+
+
+@pytest.mark.parametrize('name', SUITES)
+def test_the_constants_of_every_suite_are_the_published_ones(name):
+    frames = [Frame(str(i), i, load_image=None) for i in range(1200)]
+    found = {
+        part.dataset: (
+            part.folder,
+            len(part.thin(Clip('long', frames))),
+            len(part.thin(Clip('short', frames[:600]))),
+            *(value for _, value in part.options),
+        )
+        for part in SUITES[name].parts
+    }
+    assert found == SUITE_PARTS[name]
+    for part in SUITES[name].parts:
+        assert part.frames == LABELS[found[part.dataset][1]]
+        assert tuple(n for n, _ in part.options) in ((), ('max_depth_m', 'clip_depth_m'))
+
+
+def test_images_have_the_published_sizes_in_proportion_to_the_network():
+    assert image_sizes(ModelConfig()) == ImageSizes(518, 392, 224, 224)
+    assert image_sizes(ModelConfig(img_size=126)) == ImageSizes(126, 98, 56, 56)
 
 
 def test_sintel_video_depth_is_also_averaged_over_the_14_published_clips(tmp_path):
@@ -222,8 +297,8 @@ def test_sintel_video_depth_is_also_averaged_over_the_14_published_clips(tmp_pat
     records = own_records('sintel', {'AbsRel, scale': 0.2}, POSE_SEQUENCES)
     records += own_records('sintel', {'AbsRel, scale': 0.8}, ('bamboo_1',))
     every, published = summarise(run, records)
-    assert list(every.rows) == [OWN_ROW] and every.rows[OWN_ROW] == [pytest.approx(0.24)]
-    assert published.rows[OWN_ROW][0] == pytest.approx(0.2)
+    assert list(every.rows) == [own_row(run)] and every.rows[own_row(run)] == [pytest.approx(0.24)]
+    assert published.rows[own_row(run)][0] == pytest.approx(0.2)
     assert published.rows['STream3R with STAC'][0] == 0.259
 
 
@@ -232,15 +307,19 @@ def test_sintel_video_depth_is_also_averaged_over_the_14_published_clips(tmp_pat
     [
         ({}, ''),
         ({'clips': None}, 'does not list its clips'),
-        ({'clips': ['a', 'b']}, '2 clips are not the 1 judged here'),
+        ({'clips': {'a': 1000, 'b': 1000}}, '2 clips are not the 1 judged here'),
+        ({'clips': {'a': 999}}, 'its clip a has 999 frames, here 1000'),
+        ({'long_side': 512}, 'a long side of 512, here 518'),
+        ({'long_side': None}, 'does not tell the size of its images'),
         ({'frames': 'every 2nd'}, 'frames are every 2nd, here every 5th'),
         ({'icp': 'point_to_plane'}, 'registration is point_to_plane, here point_to_point'),
     ],
 )
-def test_other_clips_frames_or_registration_put_published_rows_apart(
+def test_other_clips_frames_sizes_or_registration_put_published_rows_apart(
     tmp_path, monkeypatch, changed, reason
 ):
-    same = {'clips': ['a'], 'frames': 'every 5th', 'icp': 'point_to_point'}
+    same = {'clips': {'a': 1000}, 'frames': 'every 5th', 'icp': 'point_to_point'}
+    same |= {'long_side': 518}
     name, source = 'long_recon/7scenes', 'somebody'
     entry = ReferenceTable(name, 'Title', source, ['NC mean'], {'row': [1]}, **same | changed)
     monkeypatch.setattr(summary, 'reference_tables', lambda: [entry])
@@ -275,4 +354,4 @@ def test_the_summary_is_written_as_json_page_and_text(data, tmp_path):
     _, _, apart = page.partition('Other protocols')
     assert 'STream3R, full cache' in apart and 'Failed or missing' in page
     text = as_text(tables[0])
-    assert text.splitlines()[0].startswith('sintel') and OWN_ROW in text
+    assert text.splitlines()[0].startswith('sintel') and own_row(run) in text
