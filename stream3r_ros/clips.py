@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from stream3r_ros.conversions import (
     stamp_ns,
 )
 from stream3r_ros.ground_truth import BagTruth, at_camera, bag_truth, read_body, static_transform
-from stream3r_ros.sources import Source, camera_info_name
+from stream3r_ros.sources import ImageFiles, Source, camera_info_name
 from stream3r_ros.tf import camera_frame
 
 DEPTH_TOLERANCE_NS = 20_000_000  # image to depth
@@ -292,14 +293,15 @@ class SourceFrames:
         return self._source.num_frames
 
     def __iter__(self) -> Iterator[Frame]:
-        for index, load in enumerate(self._source):
+        paths = self._source.paths if isinstance(self._source, ImageFiles) else repeat(None)
+        for index, (load, path) in enumerate(zip(self._source, paths)):
+            name = path.name if path else f'image {index}'
             try:
                 loaded = load()
             except InputError as error:
-                yield Frame(f'image {index}', -1, partial(_refuse, str(error)))
+                yield Frame(name, -1, partial(_refuse, str(error)))
                 continue
-            name = f'image {index}'
-            yield Frame(name, loaded.stamp_ns, partial(_rgb, loaded.rgb), K=loaded.K)
+            yield Frame(name, loaded.stamp_ns, partial(_rgb, loaded.rgb), path, loaded.K)
 
 
 def _rgb(image: np.ndarray) -> np.ndarray:

@@ -238,11 +238,23 @@ def _open_bag(task: Task, wanted: Sequence[str]) -> tuple[Clip, list[Trajectory]
     )
     if not task.ground_truth:
         return read(), []
-    truths = [read_trajectory(name) if Path(name).is_file() else name for name in wanted]
+    truths = [_truth_of_bag(name) for name in wanted]
     clips = [read(truth=truth) for truth in truths or [None]]
     remarks = dict.fromkeys(remark for clip in clips for remark in clip.remarks)
     clip = dataclasses.replace(clips[0], remarks=tuple(remarks))
     return clip, [other.truth for other in clips[1:]]
+
+
+def _truth_of_bag(name: str) -> Trajectory | str:
+    """Read a trajectory file; return the name of a topic as it is."""
+    if Path(name).is_file():
+        return read_trajectory(name)
+    if not name.startswith('/') or '.' in name:
+        raise DataError(
+            f'--ground-truth {name} is no file, and no topic either: these begin with a slash and '
+            'have no dot'
+        )
+    return name
 
 
 @lru_cache(maxsize=1)

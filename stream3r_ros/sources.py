@@ -102,16 +102,16 @@ class ImageFiles:
     """
 
     def __init__(self, paths: Sequence[Path], rate_hz: float = DEFAULT_RATE_HZ):
-        self._paths = list(paths)
-        self.num_frames = len(self._paths)
-        self.name = str(self._paths[0].parent)
-        stamps = [stamp_in_name(path) for path in self._paths]
+        self.paths = list(paths)
+        self.num_frames = len(self.paths)
+        self.name = str(self.paths[0].parent)
+        stamps = [stamp_in_name(path) for path in self.paths]
         if None in stamps:
             stamps = [_made_up_stamp(index, rate_hz) for index in range(self.num_frames)]
         self._stamps_ns = stamps
 
     def __iter__(self) -> Iterator[Callable[[], Frame]]:
-        for path, stamp in zip(self._paths, self._stamps_ns):
+        for path, stamp in zip(self.paths, self._stamps_ns):
             yield lambda path=path, stamp=stamp: self._load(path, stamp)
 
     @staticmethod

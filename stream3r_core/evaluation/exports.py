@@ -1,5 +1,6 @@
 """Results for other programs: COLMAP text model, GLB with camera frusta, Rerun recording."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ GLTF_FROM_OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])  # glTF: y up, cameras look a
 class Camera:
     """One estimated view, in pixels of its image file."""
 
-    name: str
+    name: str  # of its image file, where there is one
     stamp_ns: int
     T_world_camera: np.ndarray  # [4, 4]
     K: np.ndarray  # [3, 3]
@@ -32,9 +33,11 @@ def write_colmap(folder: str | Path, cameras: Sequence[Camera], cloud: MapCloud)
 
     Every image has a camera of its own; points have no tracks and an unknown error (-1). COLMAP
     puts the centre of the first pixel at 0.5, our K at 0: the principal point moves by that.
+    Raises DataError for no camera, and for names that COLMAP cannot tell apart or ends too early.
     """
     if not cameras:
         raise DataError('no camera to write')
+    _check_names([camera.name for camera in cameras])
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     views = [c.T_world_camera for c in cameras]
@@ -46,7 +49,7 @@ def write_colmap(folder: str | Path, cameras: Sequence[Camera], cloud: MapCloud)
     ):
         x, y, z, w = quat_xyzw
         pose = ' '.join(repr(float(v)) for v in (w, x, y, z, *position))
-        lines += [f'{number} {pose} {number} {camera.name.replace(" ", "_")}', '']
+        lines += [f'{number} {pose} {number} {camera.name}', '']
     write_lines(folder / 'images.txt', lines)
     points = zip(cloud.points_xyz.tolist(), cloud.colors_rgb.tolist())
     write_lines(
@@ -56,6 +59,17 @@ def write_colmap(folder: str | Path, cameras: Sequence[Camera], cloud: MapCloud)
             for number, ((x, y, z), (r, g, b)) in enumerate(points, 1)
         ),
     )
+
+
+def _check_names(names: Sequence[str]) -> None:
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    spaced = [name for name in names if ' ' in name]
+    if repeated or spaced:
+        name, why = (spaced[0], 'has a space') if spaced else (repeated[0], 'is not the only one')
+        raise DataError(
+            f'a COLMAP model knows an image by its file name, up to the first space: {name!r} '
+            f'{why}; rename the files'
+        )
 
 
 def _colmap_camera(number: int, camera: Camera) -> str:

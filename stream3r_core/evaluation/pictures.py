@@ -14,6 +14,7 @@ from stream3r_core.mapping import MapCloud
 
 MAX_DRAWN_POINTS = 150_000
 DPI = 110
+STRIP_INCHES = 2.6  # width of one image of the depth strips
 NAMES = {'se3': 'SE(3)', 'sim3': 'Sim(3)'}
 COLORS = {'se3': 'tab:blue', 'sim3': 'tab:orange'}
 
@@ -36,6 +37,21 @@ class Strip:
     prediction: np.ndarray  # [h, w], not aligned, NaN = unknown
 
 
+@dataclass(frozen=True)
+class View:
+    """World axes along a picture; ``is_down``: the vertical one is drawn downwards."""
+
+    horizontal: int
+    vertical: int
+    is_down: bool
+
+    def orient(self, axis, unit: str = 'm') -> None:
+        """Label the axes of a plot, and turn it the right way up."""
+        names = ('xyz'[i] for i in (self.horizontal, self.vertical))
+        axis.set(**{f'{side}label': f'{name} ({unit})' for side, name in zip('xy', names)})
+        axis.yaxis.set_inverted(self.is_down)
+
+
 def _canvas(rows: int, columns: int, width: float, height: float, **options):
     from matplotlib.figure import Figure as MatplotlibFigure
 
@@ -53,31 +69,35 @@ def trajectory(ates: dict[str, TrajectoryError]) -> Figure:
     """Estimates over the truth from above and from the side."""
     figure, axes = _canvas(1, 2, 11, 5)
     truth = next(iter(ates.values())).truth
-    top, side = views(truth.T_world_camera)
-    for axis, (first, second), title in zip(axes[0], (top, side), ('from above', 'from the side')):
+    titles = 'from above', 'from the side'
+    for axis, view, title in zip(axes[0], views(truth.T_world_camera), titles):
         paths = {'truth': (truth, 'black')}
         paths |= {NAMES[a]: (e.estimate, COLORS[a]) for a, e in ates.items()}
         for label, (path, color) in paths.items():
-            xyz = path.positions_m
-            axis.plot(xyz[:, first], xyz[:, second], color=color, label=label, linewidth=1.3)
-            axis.plot(xyz[0, first], xyz[0, second], 'o', color=color, markersize=4)
-        axis.set(title=title, xlabel=f'{"xyz"[first]} (m)', ylabel=f'{"xyz"[second]} (m)')
+            across, along = path.positions_m[:, [view.horizontal, view.vertical]].T
+            axis.plot(across, along, color=color, label=label, linewidth=1.3)
+            axis.plot(across[0], along[0], 'o', color=color, markersize=4)
+        axis.set_title(title)
+        view.orient(axis)
         axis.set_aspect('equal', 'datalim')
         axis.grid(alpha=0.3)
     axes[0, 0].legend()
     return _finished(figure, f'Estimate over the truth ({truth.name}); the dot is the start.')
 
 
-def views(T_world_camera: np.ndarray) -> tuple[tuple[int, int], tuple[int, int]]:
-    """World axes (horizontal, vertical) of the pictures from above and from the side.
+def views(T_world_camera: np.ndarray) -> tuple[View, View]:
+    """Return the views from above and from the side.
 
-    Up is the world axis that the cameras' own vertical is closest to on average.
+    Down is the direction of a world axis that the cameras' own vertical is closest to on average.
     """
-    up = int(np.abs(T_world_camera[:, :3, 1].mean(axis=0)).argmax())
-    flat = [axis for axis in range(3) if axis != up]
+    down = T_world_camera[:, :3, 1].mean(axis=0)
+    vertical = int(np.abs(down).argmax())
+    first, second = (axis for axis in range(3) if axis != vertical)
     extent = np.ptp(T_world_camera[:, :3, 3], axis=0)
-    longest = max(flat, key=lambda axis: extent[axis])
-    return (flat[0], flat[1]), (longest, up)
+    longest = max(first, second, key=lambda axis: extent[axis])
+    is_down = bool(down[vertical] > 0)
+    # Who looks down at x, y has z coming up to the eye; at x, z it is y that goes away from it.
+    return View(first, second, is_down != (vertical == 1)), View(longest, vertical, is_down)
 
 
 def error_over_time(ates: dict[str, TrajectoryError]) -> Figure:
@@ -103,7 +123,9 @@ def _seconds(stamps_ns: Sequence[int] | None, number: int) -> np.ndarray:
 
 def depth_strips(strips: list[Strip], errors: DepthErrors) -> Figure:
     """Image, true depth, aligned prediction and relative error of some frames."""
-    figure, axes = _canvas(max(len(strips), 1), 4, 12, 2.5 * max(len(strips), 1))
+    aspects = [strip.image_rgb.shape[0] / strip.image_rgb.shape[1] for strip in strips]
+    height = 0.5 + STRIP_INCHES * sum(aspects)
+    figure, axes = _canvas(len(strips), 4, 12, height, height_ratios=aspects)
     for row, strip in zip(axes, strips):
         truth, aligned, error = strip_maps(strip, errors)
         near, far = np.nanpercentile(truth, (2, 98)) if np.isfinite(truth).any() else (0, 1)
@@ -144,21 +166,27 @@ def depth_over_time(stamps_ns: list[int], abs_rel: np.ndarray, errors: DepthErro
     )
 
 
-def map_errors(result: MapErrors) -> Figure:
-    """Predicted map coloured by accuracy and true map by completeness."""
+def map_errors(result: MapErrors, T_world_camera: np.ndarray) -> Figure:
+    """Predicted map coloured by accuracy and true map by completeness.
+
+    Seen as one of the views of the true cameras, that in which the true map is larger.
+    """
     figure, axes = _canvas(1, 2, 12, 5.2)
     worst = 3 * result.errors.threshold_m
     parts = (
         (result.prediction, result.errors.accuracy_m, 'predicted map: accuracy'),
         (result.truth, result.errors.completeness_m, 'true map: completeness'),
     )
-    first, second, _ = np.argsort(-np.ptp(result.truth, axis=0))
+    extent = np.ptp(result.truth, axis=0)
+    top, side = views(T_world_camera)
+    area_m2 = {v: extent[v.horizontal] * extent[v.vertical] for v in (top, side)}
+    view = max(area_m2, key=area_m2.get)
     low, high = map_limits(result.truth, result.prediction)
     for axis, (points, errors, title) in zip(axes[0], parts):
         drawn = slice(None, None, max(1, len(points) // MAX_DRAWN_POINTS))
         dots = axis.scatter(
-            points[drawn, first],
-            points[drawn, second],
+            points[drawn, view.horizontal],
+            points[drawn, view.vertical],
             c=errors[drawn],
             s=dot_size(len(points)),
             vmin=0,
@@ -169,16 +197,13 @@ def map_errors(result: MapErrors) -> Figure:
         )
         axis.set(
             title=title,
-            xlabel=f'{"xyz"[first]} (m)',
-            ylabel=f'{"xyz"[second]} (m)',
-            xlim=(low[first], high[first]),
-            ylim=(low[second], high[second]),
+            xlim=(low[view.horizontal], high[view.horizontal]),
+            ylim=(low[view.vertical], high[view.vertical]),
         )
+        view.orient(axis)
         axis.set_aspect('equal')
     figure.colorbar(dots, ax=axes[0].tolist(), label='distance to the nearest point (m)')
-    return _finished(
-        figure, f'Map errors, seen along {"xyz"[np.argmin(np.ptp(result.truth, axis=0))]}.'
-    )
+    return _finished(figure, f'Map errors, seen from {"above" if view is top else "the side"}.')
 
 
 def map_limits(truth: np.ndarray, prediction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -202,21 +227,15 @@ def predicted_map(cloud: MapCloud) -> Figure:
     drawn = slice(None, None, max(1, len(cloud) // MAX_DRAWN_POINTS))
     points, colors = cloud.points_xyz[drawn], cloud.colors_rgb[drawn] / 255
     low, high = np.percentile(points, (1, 99), axis=0)
-    for axis, (first, second), title in zip(
-        axes[0], ((0, 1), (0, 2)), ('from the first camera', 'from above')
-    ):
+    titles = 'from the first camera', 'from above'
+    for axis, view, title in zip(axes[0], (View(0, 1, True), View(0, 2, False)), titles):
+        first, second = view.horizontal, view.vertical
         axis.scatter(
             points[:, first], points[:, second], c=colors, s=dot_size(len(points)), linewidths=0
         )
-        axis.set(
-            title=title,
-            xlabel=f'{"xyz"[first]} (map units)',
-            ylabel=f'{"xyz"[second]} (map units)',
-            xlim=(low[first], high[first]),
-            ylim=(low[second], high[second]),
-        )
+        axis.set(title=title, xlim=(low[first], high[first]), ylim=(low[second], high[second]))
+        view.orient(axis, 'map units')
         axis.set_aspect('equal')
-    axes[0, 0].invert_yaxis()  # y points down in the first camera's frame
     return _finished(figure, 'The predicted map in the frame of the first camera.')
 
 

@@ -266,7 +266,7 @@ class _Feeder:
 def _camera(answer: _Answer) -> Camera:
     """The estimated view, in pixels of the camera image."""
     frame, prediction = answer.frame, answer.prediction
-    name = frame.image_path.name if frame.image_path else frame.name
+    name = frame.image_path.name if frame.image_path else frame.name.replace(' ', '_')
     K = prediction.geometry.camera_K(prediction.K).double().numpy()
     pose = prediction.T_world_camera.double().numpy()
     return Camera(name, frame.stamp_ns, pose, K, prediction.geometry.camera_size_hw)
@@ -286,10 +286,11 @@ def _judge(report, truths, estimate, predicted, collected, config) -> list[pictu
         figures += [pictures.trajectory(errors), pictures.error_over_time(errors)]
     if depth is not None:
         per_frame = collected.depth.abs_rel_per_frame(depth.scale, depth.shift_m)
-        figures.append(pictures.depth_strips(collected.strips, depth))
+        if collected.strips:
+            figures.append(pictures.depth_strips(collected.strips, depth))
         figures.append(pictures.depth_over_time(collected.depth_stamps_ns, per_frame, depth))
     if judged_map is not None:
-        figures.append(pictures.map_errors(judged_map))
+        figures.append(pictures.map_errors(judged_map, ates[0]['sim3'].truth.T_world_camera))
     elif len(predicted):
         figures.append(pictures.predicted_map(predicted))
     return [*figures, pictures.speed(collected.log)]

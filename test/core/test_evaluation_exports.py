@@ -1,5 +1,6 @@
 """Exports: other programs' files, read back, put every point where it was seen."""
 
+import dataclasses
 import html
 import sys
 
@@ -26,7 +27,7 @@ def views(number=5):
         T = np.eye(4)
         T[:3, :3] = Rotation.from_rotvec(rng.normal(0, 0.3, 3)).as_matrix()
         T[:3, 3] = rng.normal(0, 1, 3)
-        cameras.append(Camera(f'image {i}.png', i * 10**8, T, K, SIZE))
+        cameras.append(Camera(f'image{i}.png', i * 10**8, T, K, SIZE))
     return cameras
 
 
@@ -61,6 +62,14 @@ def test_the_colmap_model_projects_points_as_the_cameras_do(tmp_path):
     points = np.loadtxt(tmp_path / 'points3D.txt')
     np.testing.assert_allclose(points[:, 1:4], cloud().points_xyz, rtol=1e-5)
     assert np.array_equal(points[:, 4:7], cloud().colors_rgb)
+
+
+@pytest.mark.parametrize('name', ['image 0.png', 'image1.png'])
+def test_names_that_colmap_would_cut_or_mix_up_are_refused(tmp_path, name):
+    cameras = views()
+    cameras[0] = dataclasses.replace(cameras[0], name=name)
+    with pytest.raises(DataError, match=f'{name}.*rename'):
+        write_colmap(tmp_path, cameras, cloud())
 
 
 def test_colmap_itself_reads_the_model(tmp_path):

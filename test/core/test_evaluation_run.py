@@ -10,18 +10,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from dataset_miniatures import NORMAL, OFFSET_M, Scene, camera, plane_depth
 from oracle import CONFIG, Oracle, room_clip
+from scipy.spatial.transform import Rotation
 
 from stream3r_core.config import CoreConfig, MappingConfig, from_dict, to_dict
 from stream3r_core.errors import DataError, OutputError
 from stream3r_core.evaluation import judge
 from stream3r_core.evaluation.config import EvaluationConfig
-from stream3r_core.evaluation.datasets.frames import Clip
+from stream3r_core.evaluation.datasets.frames import Clip, Frame
 from stream3r_core.evaluation.pipelines import make_pipeline
-from stream3r_core.evaluation.report import read_report
+from stream3r_core.evaluation.report import Report, read_report
 from stream3r_core.evaluation.run import FILES, evaluate
 from stream3r_core.evaluation.trajectory import Trajectory
 from stream3r_core.evaluation.trajectory_files import read_trajectory
+from stream3r_core.evaluation.truth_map import TruthMap
 from stream3r_core.mapping import VoxelMap, load_ply
 from stream3r_core.pipeline import load_configured_model
 
@@ -52,6 +55,41 @@ def test_a_known_similarity_gives_the_known_answer(results):
         assert report.value('scale', alignment) == pytest.approx(2.5, rel=1e-3)
     assert report.value('AbsRel', 'metric') == pytest.approx(0.6, rel=1e-4)
     assert report.value('coverage', 'median') == 1
+    how = next(m.alignment for m in report.metrics if m.group == 'map')
+    assert how.startswith('Sim(3)') and report.value('accuracy mean', how) < 0.02
+    assert report.value('cache, largest') == 1024 / 2**20  # bytes of the oracle, in MiB
+
+
+def test_drift_is_in_percent_and_turn_in_degrees_per_metre_of_a_known_error():
+    """A path a tenth too long, its cameras rolling two degrees more with every metre."""
+    along_m = np.arange(0, 10, 0.25)
+    angle = along_m / 100  # of a wide arc: chords are as long as the path
+    poses = np.tile(np.eye(4), (len(along_m), 1, 1))
+    poses[:, :3, :3] = Rotation.from_euler('y', angle[:, None]).as_matrix()
+    poses[:, 0, 3], poses[:, 2, 3] = 100 * (1 - np.cos(angle)), 100 * np.sin(angle)
+    wrong = poses.copy()
+    wrong[:, :3, 3] *= 1.1
+    roll = Rotation.from_euler('z', 2 * along_m[:, None], degrees=True)
+    wrong[:, :3, :3] = poses[:, :3, :3] @ roll.as_matrix()
+    report = Report('arc', {}, {})
+    config = dataclasses.replace(QUICK, drift_segment_m=2.0)
+    judge.judge_trajectories(report, [Trajectory(None, poses)], Trajectory(None, wrong), config)
+    found = {(m.name, m.alignment): (m.value, m.unit) for m in report.metrics}
+    assert found['drift over 2 m', 'SE(3)'] == (pytest.approx(10, abs=0.2), '%')
+    assert found['turn over 2 m', 'SE(3)'] == (pytest.approx(2, abs=0.02), 'deg/m')
+    assert found['drift over 2 m', 'Sim(3)'][0] < 0.2
+
+
+def test_true_depth_of_half_the_image_size_makes_the_same_true_map():
+    scene = Scene(camera(), size_hw=(24, 32))
+    K_half = camera(15.0, 15.5, 7.5, 5.25)  # pixel centres lie at whole numbers
+    truth = TruthMap(0.01, 10_000)
+    for image, T in zip(scene.images, scene.T_world_camera):
+        frame = Frame('half', 0, None, K=scene.K, T_world_camera=T)
+        truth.add(frame, image, plane_depth(T, K_half, (12, 16)))
+    points = truth.cloud().points_xyz
+    assert len(points) > 300
+    assert np.abs(points @ NORMAL - OFFSET_M).max() < 1e-4
 
 
 def test_every_promised_file_is_written_and_readable(results, clip):

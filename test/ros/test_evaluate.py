@@ -253,8 +253,13 @@ def test_a_published_layout_is_read_by_its_name(tmp_path):
 def test_photos_are_reconstructed_together(tmp_path):
     miniatures.folder(tmp_path / 'data')
     photos = sorted((tmp_path / 'data/color').iterdir())
-    report = read_report(evaluated(tmp_path / 'out', *photos))
-    assert report.config['session']['mode'] == 'full' and report.num_frames == 3
+    photos[1].write_bytes(b'')
+    more = (*QUICK, '--set', 'evaluation.exports=[colmap]')
+    report = read_report(evaluated(tmp_path / 'out', *photos, arguments=more))
+    assert report.config['session']['mode'] == 'full' and report.num_frames == 2
+    assert report.refused[0].startswith(f'{photos[1].name}: ')
+    lines = (tmp_path / 'out/colmap/images.txt').read_text().split('\n')[:4:2]
+    assert [line.split()[-1] for line in lines] == [photos[0].name, photos[2].name]
 
 
 def test_one_broken_input_stops_no_other_and_a_rerun_resumes(bag, tmp_path, capsys, monkeypatch):
@@ -362,6 +367,7 @@ def test_variants_are_compared(bag, tmp_path, capsys):
         ([], 'give an input'),
         (['--suite', 'mono_depth'], '--data'),
         (['{bag}', '--ground-truth', '/nothing'], 'no topic'),
+        (['{bag}', '--ground-truth', '/nothing.txt'], '/nothing.txt is no file'),
         (['{bag}', '--depth', '/camera/image_raw'], 'rgb8 images'),
         (['{bag}', '--image-topic', '/tf'], '/tf'),
         (['{data}', '--ground-truth', 'missing.txt'], 'no file'),
