@@ -12,6 +12,7 @@ from scipy.spatial.transform import Rotation
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from std_srvs.srv import Trigger
 
+from stream3r_ros.conversions import stamp_ns
 from stream3r_ros.messages import rclpy_class, rclpy_messages
 from stream3r_ros.outputs import TOPICS
 
@@ -20,7 +21,9 @@ CAMERA_FRAME = 'camera_color_optical_frame'
 SMALL = {'model.weights': 'random', 'image.long_side': 56, 'status.period_s': 0.1}
 FIRST_STAMP_NS = 1_700_000_000_123_456_789
 PERIOD_NS = 33_333_333
+DEADLINE_S = 300  # for what takes seconds on an idle machine
 HEIGHT, WIDTH = 60, 80
+LAST_EMPTY = 'the last of the empty images'
 
 
 def picture(seed):
@@ -63,7 +66,10 @@ class NodeUnderTest:
         for topic, (type_name, qos) in TOPICS.items():
             name = topic.replace('~', '/stream3r')
             observer.create_subscription(
-                rclpy_class(type_name), name, self.received[topic].append, qos.for_rclpy()
+                rclpy_class(type_name),
+                name,
+                self.received[topic].append,
+                qos._replace(depth=100).for_rclpy(),  # while this process waits for a core
             )
         observer.create_subscription(DiagnosticArray, '/diagnostics', self._note, 10)
 
@@ -95,7 +101,7 @@ class NodeUnderTest:
         value = self.diagnostics.get(name)
         return int(value) if value is not None and value.isdecimal() else value
 
-    def wait_until(self, condition, deadline_s=60):
+    def wait_until(self, condition, deadline_s=DEADLINE_S):
         def alive_or_done():
             done = condition()
             assert done or self.process.poll() is None, f'the node has ended:\n{self.log}'
@@ -104,9 +110,26 @@ class NodeUnderTest:
         self._spin_until(alive_or_done, deadline_s)
 
     def wait_for(self, topic, count):
-        """Wait until so many messages have come on a topic; return them."""
+        """Wait until so many messages have come on a topic; return them.
+
+        Not for ``~/path`` and ``~/map``, whose new messages replace those that have not left yet.
+        """
         self.wait_until(lambda: len(self.received[topic]) >= count)
         return self.received[topic]
+
+    def wait_for_path(self, *indices):
+        """Wait until the newest path has one pose for each of these images; return it."""
+        paths, expected = self.received['~/path'], [stamp(index) for index in indices]
+
+        def has_come():
+            return paths and [stamp_ns(pose) for pose in paths[-1].poses] == expected
+
+        self.wait_until(has_come)
+        return paths[-1]
+
+    def wait_for_end(self):
+        """Wait until the process has ended; return its exit code."""
+        return self.process.wait(timeout=DEADLINE_S)
 
     def connect_camera(
         self, topic='/image', compressed=False, reliability=ReliabilityPolicy.RELIABLE
@@ -114,12 +137,18 @@ class NodeUnderTest:
         """Create the publisher of images and wait until the node receives from it.
 
         The node listens with best effort, and a publisher may know of a listener before it is
-        known itself: empty images, which the node rejects, are sent until one has arrived.
+        known itself: empty images, which the node rejects, are sent until one has arrived. Then
+        the last of them is waited for, so that none comes between those that follow.
         """
         qos = QoSProfile(depth=5, reliability=reliability)
         kind = CompressedImage if compressed else Image
         self.camera = self._observer.create_publisher(kind, topic, qos)
         self._publish_until(self.camera, kind(), lambda: self.figure('images_received'))
+        if self.figure('state') == 'active':
+            last = kind(**{'format' if compressed else 'encoding': LAST_EMPTY})
+            self.camera.publish(last)
+            self.wait_until(lambda: LAST_EMPTY in self.diagnostics['message'])
+        self.wait_until(lambda: self.figure('images_received') == self.figure('images_dropped'))
 
     def _publish_until(self, publisher, message, condition):
         def publish_or_done():
@@ -180,4 +209,4 @@ class NodeUnderTest:
 
     def wait_until_gone(self):
         """Wait until the graph knows that the node is no more, sooner than a lease expires."""
-        self._spin_until(lambda: 'stream3r' not in self._observer.get_node_names(), 10)
+        self._spin_until(lambda: 'stream3r' not in self._observer.get_node_names(), 15)

@@ -21,7 +21,6 @@ from stream3r_ros.results import NAMESPACE, RECORDED
 pytestmark = [pytest.mark.ros, pytest.mark.usefixtures('one_thread')]
 NUM_IMAGES = 6
 STAMPS = [stamp(index) for index in range(NUM_IMAGES)]
-SLOWLY = '0.1'  # of the recorded pace: no image is dropped
 IMAGES = '/camera/image_raw'
 
 
@@ -33,7 +32,7 @@ def bag(tmp_path):
 
 def test_a_bag_played_live_gives_the_files_and_messages_of_its_replay(live, spawn, bag, tmp_path):
     live.start('-r', f'image:={IMAGES}', **{'save_map.directory': str(tmp_path / 'live')})
-    spawn('-m', 'stream3r_ros', 'play', bag, '--rate', SLOWLY, cwd=ROOT)
+    spawn('-m', 'stream3r_ros', 'play', bag, '--lockstep', cwd=ROOT)
     live.wait_until(lambda: live.figure('images_processed') == NUM_IMAGES)
     assert live.figure('images_dropped') == 0
     assert live.call('save_map').success
@@ -62,7 +61,7 @@ def assert_same_messages(live, offline):
 
 def test_only_the_nodes_own_transform_is_on_tf(live, spawn, bag):
     live.start('-r', f'image:={IMAGES}')
-    spawn('-m', 'stream3r_ros', 'play', bag, '--rate', SLOWLY, cwd=ROOT)
+    spawn('-m', 'stream3r_ros', 'play', bag, '--lockstep', cwd=ROOT)
     live.wait_until(lambda: live.figure('images_processed') == NUM_IMAGES)
     edges = [edge for message in live.received['/tf'] for edge in message.transforms]
     assert [stamp_ns(edge) for edge in edges] == STAMPS

@@ -71,7 +71,7 @@ def test_with_odometry_the_chain_through_it_is_right_at_each_stamp(live, broadca
 
 
 def test_a_missing_transform_is_no_value_and_is_said(live, broadcast):
-    live.start(odom_frame='odom', tf_timeout_s=0.0)
+    live.start(odom_frame='odom', tf_timeout_s=0.5)
     live.connect_camera()
     feed(live, 0)
     assert 'no transform is broadcast for this image' in live.log
@@ -99,7 +99,7 @@ def test_a_base_without_odometry_hangs_below_the_map(live, broadcast):
 
 
 def test_a_level_map_takes_its_z_axis_from_the_odometry_and_waits_for_it(live, broadcast):
-    live.start(odom_frame='odom', map_orientation='level', tf_timeout_s=0.0)
+    live.start(odom_frame='odom', map_orientation='level', tf_timeout_s=0.5)
     live.connect_camera()
     live.camera.publish(live.image(0))
     reason = 'map_orientation is level, but there is no transform'

@@ -139,10 +139,11 @@ def test_sigma_of_depth_follows_its_confidence(messages):  # noqa: F811
 
 @pytest.mark.ros
 def test_the_node_reports_the_base_with_the_covariance_of_its_weights(live, node):
-    live.start(**{'base_frame': 'base_link', 'model.weights': "''"})
+    live.start(**{'base_frame': 'base_link', 'model.weights': "''", 'tf_timeout_s': 5.0})
     live.connect_camera()
     static = node.create_publisher(TFMessage, '/tf_static', LATCHED.for_rclpy())
     edge = live.messages.transform(BODY, stamp(0), 'base_link', CAMERA_FRAME)
+    live.wait_until(static.get_subscription_count)
     static.publish(live.messages.tf([edge]))
     live.feed(0, 1)
     said = live.wait_for('~/odometry', 2)[-1]

@@ -91,6 +91,10 @@ def test_images_arrive_as_recorded_and_the_truth_never_on_tf(bag, spawn, listen,
     spin_until(lambda: player.poll() is not None)
     output, _ = player.communicate()
     assert player.returncode == 0, output
+    spin_until(lambda: len(camera[IMAGE]) == len(camera[INFO]) == NUM_IMAGES)
+    spin_until(lambda: len(transforms['/ground_truth/tf']) == NUM_IMAGES)
+    spin_until(lambda: len(transforms['/tf_static']) == 2)
+    spin_until(lambda: transforms['/ground_truth/tf_static'])
 
     sent = [image(index) for index in range(NUM_IMAGES)]
     assert [stamp_ns(m) for m in camera[IMAGE]] == [stamp_ns(m) for m in sent]
@@ -129,6 +133,7 @@ def test_a_folder_of_images_is_played_on_the_topic_that_a_node_listens_to(
     output, _ = player.communicate()
     assert player.returncode == 0, output
     assert '9.png' in output
+    spin_until(lambda: len(images) == 3)
     pictures = [np.array(m.data).reshape(8, 8, 3) for m in images]
     assert [p[0, 0].tolist() for p in pictures] == [[index, 0, 0] for index in range(3)]
     assert all((p[4:] == 255).all() for p in pictures)
@@ -140,7 +145,7 @@ def test_a_signal_ends_it_cleanly_in_the_middle(bag, spawn, listen, spin_until, 
     player = start(spawn, bag, '--rate', '0.0001')
     spin_until(lambda: images)
     player.send_signal(ending)
-    output, _ = player.communicate(timeout=60)
+    output, _ = player.communicate(timeout=180)
     assert player.returncode == 0, output
     assert output.strip().endswith('stopped')
     assert len(images) < NUM_IMAGES
@@ -150,7 +155,7 @@ def test_a_signal_ends_the_wait_for_a_subscriber(bag, spawn, node, spin_until):
     player = start(spawn, bag)
     spin_until(lambda: node.count_publishers(IMAGE))
     player.send_signal(signal.SIGTERM)
-    player.communicate(timeout=60)
+    player.communicate(timeout=180)
     assert player.returncode == 0
 
 
