@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 
 from stream3r_core.errors import InputError
-from stream3r_ros.conversions import CameraView, camera_view
+from stream3r_ros.conversions import PINHOLE, CameraView, Lens, camera_view
 
 # Names of sensor_msgs/distortion_models, and the number of coefficients that OpenCV takes.
 PINHOLE_MODELS = {'plumb_bob': (4, 5), 'rational_polynomial': (4, 5, 8, 12, 14)}
@@ -23,18 +23,18 @@ _NO_TURN = np.zeros(3)
 
 
 class Calibrated(NamedTuple):
-    """An image and the intrinsics that hold for it."""
+    """An image, and the intrinsics and the distortion that hold for it."""
 
     image: np.ndarray
     K: np.ndarray  # [3, 3] float64, pixels of ``image``
+    lens: Lens  # PINHOLE where the image has no distortion
 
 
 class Calibrator:
     """Brings images together with the CameraInfo of their camera.
 
     ``rectify`` 'auto' removes distortion, with maps that are computed once per calibration;
-    'never' leaves images as they are. :attr:`leaves_distortion` tells whether the last image had
-    some and kept it.
+    'never' leaves images and their distortion as they are.
     """
 
     def __init__(self, rectify: str = 'auto'):
@@ -42,7 +42,6 @@ class Calibrator:
         self._key: tuple | None = None
         self._view: CameraView | None = None
         self._apply: Callable[[np.ndarray, int], Calibrated] | None = None
-        self.leaves_distortion = False
 
     def __call__(
         self, image: np.ndarray, info: Any, interpolation: int = cv2.INTER_LINEAR
@@ -72,17 +71,18 @@ class Calibrator:
 
     def _prepare(self, info: Any, view: CameraView) -> Callable[[np.ndarray, int], Calibrated]:
         K, size_wh = view.K, view.size_hw[::-1]
-        is_distorted = any(distortion(info))
-        self.leaves_distortion = is_distorted and self._rectify == 'never'
-        if not is_distorted or self._rectify == 'never':
-            return lambda image, _: Calibrated(image, K)
+        if not any(distortion(info)):
+            return lambda image, _: Calibrated(image, K, PINHOLE)
+        if self._rectify == 'never':
+            lens = Lens(info.distortion_model, tuple(distortion(info)))
+            return lambda image, _: Calibrated(image, K, lens)
         coefficients = checked_coefficients(info)
         K_rectified = rectified_K(K, coefficients, info.distortion_model, size_wh)
         lens = cv2.fisheye if info.distortion_model in FISHEYE_MODELS else cv2
         maps = lens.initUndistortRectifyMap(
             K, coefficients, np.eye(3), K_rectified, size_wh, cv2.CV_16SC2
         )
-        return lambda image, how: Calibrated(cv2.remap(image, *maps, how), K_rectified)
+        return lambda image, how: Calibrated(cv2.remap(image, *maps, how), K_rectified, PINHOLE)
 
 
 def rectified_K(

@@ -20,6 +20,8 @@ from stream3r_ros.bag import DEPTH_ENCODINGS, RAW_IMAGE, BagReader, BagTopic
 from stream3r_ros.calibration import Calibrator, distortion
 from stream3r_ros.config import NodeConfig
 from stream3r_ros.conversions import (
+    PINHOLE,
+    Lens,
     camera_view,
     depth_from_message,
     image_from_message,
@@ -40,6 +42,7 @@ class _View:
     K: np.ndarray | None
     size_hw: tuple[int, int] | None
     info: Any = None  # the CameraInfo that says so
+    lens: Lens = PINHOLE  # the distortion that its images have when they are loaded
 
 
 @dataclass(frozen=True)
@@ -109,11 +112,12 @@ def _body_pose(bag: BagReader, body: str, frame_id: str) -> np.ndarray:
 
 def _rectification(view: _View, rectify: str) -> tuple[Calibrator | None, _View]:
     """What removes the distortion of a camera, and that camera without it."""
-    if view.K is None or rectify == 'never' or not any(distortion(view.info)):
+    if view.K is None or not any(distortion(view.info)):
         return None, view
     calibrate = Calibrator(rectify)
-    blank = np.zeros(view.size_hw, np.uint8)
-    return calibrate, dataclasses.replace(view, K=calibrate(blank, view.info).K)
+    seen = calibrate(np.zeros(view.size_hw, np.uint8), view.info)
+    view = dataclasses.replace(view, K=seen.K, lens=seen.lens)
+    return calibrate if seen.lens == PINHOLE else None, view
 
 
 def _image_stamps(bag: BagReader, topic: BagTopic) -> tuple[np.ndarray, _View]:
@@ -230,6 +234,7 @@ class BagFrames:
         self._path, self._images, self._count = path, images, count
         self._view, self._truth, self._depth = view, truth, depth
         self._calibrate = calibrate
+        self.lens = view.lens  # the distortion of the images
 
     def __len__(self):
         return self._count

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 from PIL import Image as PilImage
-from scipy.spatial.transform import Rotation
 
 from stream3r_core.errors import InputError
+from stream3r_ros.components import point_layout, rgb_by_bridge, rotation_of_quaternion
 
 FLOAT32 = 7  # of sensor_msgs/PointField
+CLOUD_FIELDS = ('x', 'y', 'z', 'rgb')
 MAX_PIXELS = 1 << 26  # 8192 x 8192: larger claims are taken for a corrupt message
 
 
@@ -53,7 +54,9 @@ def image_from_message(message: Any) -> np.ndarray:
     layout = _PACKED[message.encoding]
     if layout.even_width and message.width % 2:
         raise InputError(f'{message.encoding} image: width must be even, got {message.width}')
-    return layout.to_rgb(_pixels(message, layout.dtype, layout.channels))
+    pixels = _pixels(message, layout.dtype, layout.channels)
+    rgb = rgb_by_bridge(message)
+    return layout.to_rgb(pixels) if rgb is None else rgb
 
 
 def depth_from_message(message: Any) -> np.ndarray:
@@ -90,7 +93,7 @@ def pose_from_message(pose: Any) -> np.ndarray:
     if not np.linalg.norm(quat_xyzw) > 0.1:
         raise InputError(f'{quat_xyzw} where a quaternion should be')
     T = np.eye(4)
-    T[:3, :3] = Rotation.from_quat(quat_xyzw).as_matrix()
+    T[:3, :3] = rotation_of_quaternion(quat_xyzw)
     T[:3, 3] = moved.x, moved.y, moved.z
     return T
 
@@ -104,19 +107,30 @@ def cloud_from_message(message: Any) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         InputError: a field is missing or of another type, or the data do not fit the size.
     """
-    offsets = {f.name: f.offset for f in message.fields if f.datatype == FLOAT32}
-    missing = {'x', 'y', 'z', 'rgb'} - offsets.keys()
+    usable = {f.name: f for f in message.fields if (f.datatype, f.count) == (FLOAT32, 1)}
+    missing = {*CLOUD_FIELDS} - usable.keys()
     if missing or message.is_bigendian:
         raise InputError(f'point cloud: expected little-endian float32 x y z rgb, no {missing}')
+    fields = [usable[name] for name in CLOUD_FIELDS]
     step, count = message.point_step, message.width * message.height
-    if len(message.data) != step * count or step < 4 + max(offsets.values()):
+    if len(message.data) != step * count or step < 4 + max(field.offset for field in fields):
         raise InputError(
             f'point cloud of {count} points of {step} bytes: got {len(message.data)} bytes'
         )
-    raw = np.frombuffer(_buffer(message), np.uint8).reshape(count, step)
-    x, y, z, rgb = (raw[:, offsets[name] : offsets[name] + 4] for name in ('x', 'y', 'z', 'rgb'))
-    points_xyz = np.concatenate([x, y, z], 1).view('<f4')
+    points = np.frombuffer(_buffer(message), point_layout(fields, step))
+    points_xyz = np.stack([points['x'], points['y'], points['z']], -1)
+    rgb = np.ascontiguousarray(points['rgb']).view(np.uint8).reshape(-1, 4)
     return points_xyz, rgb[:, 2::-1].copy()  # 0x00RRGGBB, little-endian
+
+
+class Lens(NamedTuple):
+    """The distortion that images have, in the terms of sensor_msgs/CameraInfo."""
+
+    model: str  # of sensor_msgs/distortion_models
+    coefficients: tuple[float, ...]
+
+
+PINHOLE = Lens('plumb_bob', (0.0,) * 5)
 
 
 class CameraView(NamedTuple):

@@ -25,8 +25,9 @@ from stream3r_core.evaluation.trajectory import Trajectory
 from stream3r_core.evaluation.trajectory_files import read_trajectory
 from stream3r_core.pipeline import load_configured_model
 from stream3r_ros.bag import is_bag
-from stream3r_ros.clips import SourceFrames, bag_clip
+from stream3r_ros.clips import BagFrames, SourceFrames, bag_clip
 from stream3r_ros.config import NodeConfig
+from stream3r_ros.conversions import PINHOLE, Lens
 from stream3r_ros.ground_truth import at_camera, read_body
 from stream3r_ros.options import output_folder
 from stream3r_ros.results import BAG, RunBag
@@ -285,7 +286,14 @@ def evaluate_task(
     uncertainty = pipeline.model.uncertainties.get(task.config.session.mode)
     recorder = RunBag(task.folder, task.config, pipeline.map, uncertainty)
     with removed_on_failure(task.folder, (BAG,)), recorder as bag:
-        return compared(observe=partial(bag.add, camera_frame=frame_id))
+        lens = _lens(clip, task.config.evaluation)
+        return compared(observe=partial(bag.add, camera_frame=frame_id, lens=lens))
+
+
+def _lens(clip: Clip, config: EvaluationConfig) -> Lens:
+    """The distortion of the images as to the intrinsics in use; predicted ones know of none."""
+    is_known = config.known_intrinsics and isinstance(clip.frames, BagFrames)
+    return clip.frames.lens if is_known else PINHOLE
 
 
 def core_config(config: EvaluateConfig) -> CoreConfig:

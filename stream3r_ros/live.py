@@ -19,23 +19,17 @@ from stream3r_core.slam import SubmapReconstructor, make_reconstructor
 from stream3r_core.types import FramePrediction
 from stream3r_ros.calibration import Calibrator
 from stream3r_ros.config import NodeConfig
-from stream3r_ros.conversions import image_from_message, stamp_ns
+from stream3r_ros.conversions import PINHOLE, Lens, image_from_message, stamp_ns
 from stream3r_ros.diagnostics import ReconstructionFigures
 from stream3r_ros.logging_bridge import Throttled
 from stream3r_ros.odometry import Sigmas
+from stream3r_ros.placement import Placement
 from stream3r_ros.provenance import Provenance
 from stream3r_ros.publishers import Publishers
 from stream3r_ros.recorder import PoseRecorder, Snapshot
 from stream3r_ros.scale import BaselineScale, DepthScale, ScaleTracker
 from stream3r_ros.stamps import StampOrder
-from stream3r_ros.tf import (
-    Carrier,
-    T_map_of_first_camera,
-    camera_frame,
-    carrier_frame,
-    odometry_frame,
-    upright_map,
-)
+from stream3r_ros.tf import camera_frame
 from stream3r_ros.tracking import OK, TrackingState, with_fitted_limits
 from stream3r_ros.transforms import TransformBuffer, TransformError
 
@@ -66,7 +60,7 @@ class LiveReconstruction:
         self._num_moves = 0  # corrections that path and poses contain
         self._publishers = publishers
         publishers.outputs.uncertainty = model.uncertainties.get(config.session.mode)
-        self._transforms = transforms
+        self._transforms, self._placement = transforms, Placement(transforms)
         self._recorder = PoseRecorder(config.save_map.max_poses)
         self._calibrate = Calibrator(config.rectify)
         self._device = next(model.parameters()).device
@@ -84,10 +78,10 @@ class LiveReconstruction:
         self._num_gaps = 0
         self._warn = Throttled(_log.warning)
         self._warn_once = Throttled(_log.warning, quiet_s=float('inf'))
-        self._num_without_tf = self._num_without_scale = 0
+        self._num_without_scale = 0
         self._sigmas: Sigmas | None = None
         self._report_memory = Throttled(_log.error)
-        self._frame = ''  # of the last image
+        self._frame, self._lens = '', PINHOLE  # of the last image
         self.num_lost = 0  # images that were dropped with their chunk, all in all
         self._camera_info: Any = None
         self._camera_info_came = threading.Event()
@@ -113,14 +107,16 @@ class LiveReconstruction:
         """
         if self._is_new and self.camera_info is None and self._is_camera_info_announced():
             self._camera_info_came.wait(CAMERA_INFO_WAIT_S)  # both begin at the same time
-        image, K = self._calibrated(image_from_message(message))
+        image, K, lens = self._calibrated(image_from_message(message))
         frame = camera_frame(message.header.frame_id, config)
         stamp = self._check_stamp(message, config)
         self._check_size(image, config)  # these two may start a new session: after all refusals
         if self._is_new:
-            self._orient_map(frame, stamp, config)
+            self._publishers.outputs.T_map_world = self._placement.map_of_first_camera(
+                frame, stamp, config
+            )
         self._reconstructor.configure(config.mapping)
-        self._frame = frame
+        self._frame, self._lens = frame, lens
         predictions = self._predictions(lambda: self._reconstructor.feed(image, stamp, K))
         self.follow_corrections()
         self._stamps.note(stamp)
@@ -146,8 +142,8 @@ class LiveReconstruction:
         for prediction in predictions:
             self._map_stamp_ns = prediction.stamp_ns
             self._find_scale(prediction, self._frame, config)
-            carriers = self._carriers(self._frame, prediction.stamp_ns, config)
-            sent = self._publishers.publish(prediction, self._frame, config, *carriers)
+            carriers = self._placement.carriers(self._frame, prediction.stamp_ns, config)
+            sent = self._publishers.publish(prediction, self._frame, config, *carriers, self._lens)
             self._sigmas = sent.sigmas
             self._track(prediction, config)
         self._num_moves = self._reconstructor.placed_at  # of what has just joined the path
@@ -305,47 +301,6 @@ class LiveReconstruction:
                 self._reconstructor.map, self._sent_version, self._map_stamp_ns, max_points
             )
 
-    def _orient_map(self, frame: str, stamp: int, config: NodeConfig) -> None:
-        """Lay the map of a new session into space; raises InputError where /tf must say how."""
-        outputs = self._publishers.outputs
-        if config.map_orientation == 'level' and config.odom_frame:
-            outputs.T_map_world = upright_map(self._odometry(frame, stamp, config))
-        else:
-            outputs.T_map_world = T_map_of_first_camera(config)
-
-    def _odometry(self, frame: str, stamp: int, config: NodeConfig) -> np.ndarray:
-        try:
-            return self._transforms.lookup(config.odom_frame, frame, stamp, config.tf_timeout_s)
-        except TransformError as error:
-            raise InputError(f'map_orientation is level, but there is {error}') from None
-
-    def _carriers(
-        self, frame: str, stamp: int, config: NodeConfig
-    ) -> tuple[Carrier | None, Carrier | None]:
-        """Return what the broadcast puts into the map, and what the odometry is about.
-
-        None where that is switched off or its place is not known.
-        """
-        broadcast = carrier_frame(frame, config) if config.publish_tf else ''
-        reported = odometry_frame(frame, config) if config.outputs.odometry.enabled else ''
-        found, missing = {'': None}, {}
-        for name in {broadcast, reported} - {''}:
-            try:
-                found[name] = self._carrier(name, frame, stamp, config)
-            except TransformError as error:
-                found[name], missing[name] = None, error
-        if broadcast in missing:
-            self._num_without_tf += 1
-            self._warn(f'no transform is broadcast for this image: {missing[broadcast]}')
-        elif reported in missing:
-            self._warn(f'no odometry for this image: {missing[reported]}')
-        return found[broadcast], found[reported]
-
-    def _carrier(self, name: str, frame: str, stamp: int, config: NodeConfig) -> Carrier:
-        if name == frame:
-            return Carrier(frame, np.eye(4))
-        return Carrier(name, self._transforms.lookup(name, frame, stamp, config.tf_timeout_s))
-
     def _check_stamp(self, message: Any, config: NodeConfig) -> int:
         stamp = stamp_ns(message)
         ahead_s = self._stamps.check(stamp, config.backward_jump_s)
@@ -376,17 +331,19 @@ class LiveReconstruction:
             self._restarts['image_size'] += 1
             self.restart(config)
 
-    def _calibrated(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return the image, rectified if need be, and its intrinsics [3, 3] if known."""
+    def _calibrated(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray | None, Lens]:
+        """Return the image, rectified if need be, and its intrinsics [3, 3] and lens if known."""
         if self.camera_info is None:
-            return image, None
+            return image, None, PINHOLE
         try:
             calibrated = self._calibrate(image, self.camera_info)
         except InputError as error:
             self._warn_once(f'{error}: the predicted field of view is used')
-            return image, None
-        if self._calibrate.leaves_distortion:
-            self._warn_once("camera_info has distortion, and rectify is 'never'")
+            return image, None, PINHOLE
+        if calibrated.lens != PINHOLE:
+            self._warn_once(
+                "camera_info has distortion, and rectify is 'never': cloud and map are bent by it"
+            )
         return calibrated
 
     def _figures(self) -> ReconstructionFigures:
@@ -402,7 +359,7 @@ class LiveReconstruction:
             map_points=self._reconstructor.map.num_points,
             map_version=self._reconstructor.map.version,
             backend=self._reconstructor.figures(),
-            frames_without_tf=self._num_without_tf,
+            frames_without_tf=self._placement.num_without_tf,
             frames_without_scale=self._num_without_scale,
             metres_per_unit=self._scale.value,
             tracking=self._tracking.state,

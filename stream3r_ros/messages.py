@@ -15,7 +15,7 @@ import torch
 from stream3r_core.geometry import matrix_to_quat_xyzw
 from stream3r_core.mapping import MapChange, MapCloud
 from stream3r_core.mapping.cloud import pack_rgb
-from stream3r_ros.conversions import FLOAT32
+from stream3r_ros.conversions import FLOAT32, PINHOLE, Lens
 
 UINT32 = 6  # of sensor_msgs/PointField
 POINT = np.dtype([('x', '<f4'), ('y', '<f4'), ('z', '<f4'), ('rgb', '<f4'), ('confidence', '<f4')])
@@ -148,17 +148,26 @@ class MessageFactory:
         )
 
     def camera_info(
-        self, K: np.ndarray, height: int, width: int, stamp_ns: int, frame_id: str
+        self,
+        K: np.ndarray,
+        height: int,
+        width: int,
+        stamp_ns: int,
+        frame_id: str,
+        lens: Lens = PINHOLE,
     ) -> Any:
-        """Return the sensor_msgs/CameraInfo of an image without distortion; K [3, 3] in pixels."""
+        """Return the sensor_msgs/CameraInfo of an image; K [3, 3] in its pixels.
+
+        Rectified with ``p``, an image of a distorting lens keeps K.
+        """
         K = np.asarray(K, dtype=np.float64)
         return self.make(
             'sensor_msgs/msg/CameraInfo',
             header=self.header(stamp_ns, frame_id),
             height=height,
             width=width,
-            distortion_model='plumb_bob',
-            d=self._sequence(np.zeros(5)),
+            distortion_model=lens.model,
+            d=self._sequence(np.array(lens.coefficients, np.float64)),
             k=K.ravel(),
             r=np.eye(3).ravel(),
             p=np.hstack([K, np.zeros((3, 1))]).ravel(),

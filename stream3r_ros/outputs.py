@@ -20,6 +20,7 @@ from stream3r_core.mapping import MapChange, MapCloud, MapView
 from stream3r_core.mapping.filters import reliable_pixels
 from stream3r_core.types import FramePrediction
 from stream3r_core.uncertainty import Uncertainty, mean_confidence, median_depth
+from stream3r_ros.conversions import PINHOLE, Lens
 from stream3r_ros.conversions import stamp_ns as stamp_ns_of
 from stream3r_ros.messages import MessageFactory
 from stream3r_ros.odometry import UNKNOWN, Sigmas, Twist, body_covariance, body_twist
@@ -105,12 +106,15 @@ class Outputs:
         scaled[..., :3, 3] *= self._scale
         return self.T_map_world @ scaled
 
-    def add(self, prediction: FramePrediction, camera_frame: str) -> 'FrameOutputs':
+    def add(
+        self, prediction: FramePrediction, camera_frame: str, lens: Lens = PINHOLE
+    ) -> 'FrameOutputs':
         """Append the frame to the path and return its messages, which are built when asked for.
 
-        ``prediction`` lies on the CPU and has a stamp; ``camera_frame`` is its image's frame_id.
+        ``prediction`` lies on the CPU and has a stamp; ``camera_frame`` is its image's frame_id,
+        ``lens`` the distortion that the image had when the network saw it.
         """
-        frame = FrameOutputs(self, prediction, camera_frame, self.num_frames, self._before)
+        frame = FrameOutputs(self, prediction, camera_frame, lens, self.num_frames, self._before)
         self._poses.append(frame.pose)
         self.num_frames += 1
         self._before = prediction.stamp_ns, prediction.T_world_camera.numpy()
@@ -182,12 +186,13 @@ class FrameOutputs:
         outputs: Outputs,
         prediction: FramePrediction,
         camera_frame: str,
+        lens: Lens,
         frames: int,
         before: tuple[int, np.ndarray] | None,
     ):
         """``frames`` went before; ``before``: stamp and T_world_camera of the last of them."""
         self._outputs = outputs
-        self._frames, self._before = frames, before
+        self._lens, self._frames, self._before = lens, frames, before
         self._messages = outputs.messages
         self._prediction = prediction
         self._depth = prediction.depth * outputs.scale
@@ -293,14 +298,17 @@ class FrameOutputs:
         )
 
     def camera_info(self) -> Any:
-        """Return the intrinsics of the depth image."""
+        """Return the intrinsics of the depth image, and what distortion is left in it."""
         height, width = self._prediction.depth.shape
         return self._messages.camera_info(
-            self._prediction.K.numpy(), height, width, *self._camera_header
+            self._prediction.K.numpy(), height, width, *self._camera_header, self._lens
         )
 
     def cloud(self) -> Any:
-        """Return the unprojected depth of the reliable pixels in the camera frame."""
+        """Return the unprojected depth of the reliable pixels in the camera frame.
+
+        As the map, it takes the camera for a pinhole, whatever distortion is left.
+        """
         p = self._prediction
         confidence = p.depth_conf.numpy()
         keep = reliable_pixels(p.depth.numpy(), confidence, self._outputs.mapping)

@@ -9,6 +9,7 @@ from rclpy.qos_overriding_options import QoSOverridingOptions
 from stream3r_core.mapping import VoxelMap
 from stream3r_core.types import FramePrediction
 from stream3r_ros.config import NodeConfig, OutputConfig
+from stream3r_ros.conversions import PINHOLE, Lens
 from stream3r_ros.messages import rclpy_class, rclpy_messages
 from stream3r_ros.outputs import FRAME_TOPICS, TOPICS, FrameOutputs, Outputs, Topic
 from stream3r_ros.tf import Carrier
@@ -55,14 +56,15 @@ class Publishers:
         config: NodeConfig,
         carrier: Carrier | None,
         body: Carrier | None,
+        lens: Lens = PINHOLE,
     ) -> FrameOutputs:
         """Send what ``config`` asks for about one frame; its transform first.
 
         ``carrier`` is what the transform puts into the map, ``body`` what the odometry is about;
-        None: it is not known, and nothing is said.
+        None: it is not known, and nothing is said. ``lens`` is the distortion of the image.
         """
         self.outputs.mapping = config.mapping
-        frame = self.outputs.add(prediction, camera_frame)
+        frame = self.outputs.add(prediction, camera_frame, lens)
         self._last_stamp_ns, self._sends_path = frame.stamp_ns, config.outputs.path.enabled
         if carrier is not None:
             self._send('/tf', frame.tf(carrier))

@@ -63,7 +63,7 @@ OUTPUTS = {
     '~/depth/image': ('camera', '32FC1 along the optical axis, NaN = none'),
     '~/depth/confidence': ('camera', "32FC1, the network's own, >= 1; no probability"),
     '~/depth/sigma': ('camera', '32FC1, standard deviation of the depth, NaN = not known'),
-    '~/depth/camera_info': ('camera', 'of the depth image; D = 0'),
+    '~/depth/camera_info': ('camera', 'of the depth image; D = 0 but with `rectify: never`'),
     '~/cloud': ('camera', 'reliable pixels of the image: x y z rgb confidence'),
     '~/path': ('map', 'recent poses, each with its own stamp'),
     '~/map': ('map', 'the whole map: x y z rgb confidence'),

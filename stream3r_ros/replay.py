@@ -181,10 +181,10 @@ def replay(
         bag = RunBag(folder, config, voxel_map, uncertainty, corrected)
         with Results(bag, pack) as results:
             try:
-                for prediction, frame_id in predictions:
-                    results.add(prediction, frame_id)
+                for prediction, frame in predictions:
+                    results.add(prediction, frame.frame_id, frame.lens)
                     report.images_out += 1
-                    report.camera_frame = frame_id
+                    report.camera_frame = frame.frame_id
             except Stream3rError as failure:
                 report.failure = failure
     report.map_points = voxel_map.num_points
@@ -225,14 +225,14 @@ def _check_order(stamp_ns: int, stamps: StampOrder, config: NodeConfig) -> None:
 
 
 def _stream_predictions(frames, reconstructor: Reconstructor, report: Report):
-    waiting = deque()  # camera frames of images whose chunk is not full
+    waiting: deque[Frame] = deque()  # without their images; their chunk is not full
     for frame in frames:
         try:
             predictions = reconstructor.feed(frame.rgb, frame.stamp_ns, frame.K)
         except InputError as error:
             report.refuse(error)
             continue
-        waiting.append(frame.frame_id)
+        waiting.append(frame._replace(rgb=None))
         for prediction in predictions:
             yield prediction, waiting.popleft()
     for prediction in reconstructor.flush():
@@ -248,7 +248,7 @@ def _photo_predictions(frames, model, config: NodeConfig, voxel_map: VoxelMap):
     images = [frame.rgb for frame in frames]
     for frame, prediction in zip(frames, reconstruct_photos(model, images, config)):
         voxel_map.integrate(prediction)
-        yield dataclasses.replace(prediction, stamp_ns=frame.stamp_ns), frame.frame_id
+        yield dataclasses.replace(prediction, stamp_ns=frame.stamp_ns), frame
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from stream3r_core.types import FramePrediction
 from stream3r_core.uncertainty import Uncertainty
 from stream3r_ros.bag import BagWriter
 from stream3r_ros.config import NodeConfig
+from stream3r_ros.conversions import PINHOLE, Lens
 from stream3r_ros.messages import rosbags_messages
 from stream3r_ros.outputs import TOPICS, FrameOutputs, Outputs
 from stream3r_ros.tf import T_map_of_first_camera
@@ -68,9 +69,11 @@ class RunBag:
                 self._record('~/path', self.outputs.path(stamp_ns), stamp_ns)
                 self._record('~/map', self.outputs.map(self.map.view(), stamp_ns), stamp_ns)
 
-    def add(self, prediction: FramePrediction, camera_frame: str) -> FrameOutputs:
+    def add(
+        self, prediction: FramePrediction, camera_frame: str, lens: Lens = PINHOLE
+    ) -> FrameOutputs:
         """Write the messages of one frame and return what they were made of."""
-        frame = self.outputs.add(prediction, camera_frame)
+        frame = self.outputs.add(prediction, camera_frame, lens)
         for topic in RECORDED:
             self._record(topic, frame.message(topic), frame.stamp_ns)
         self.last_stamp_ns = frame.stamp_ns
@@ -103,9 +106,9 @@ class Results:
     def __exit__(self, *_: object) -> None:
         self._open_files.close()
 
-    def add(self, prediction: FramePrediction, camera_frame: str) -> None:
+    def add(self, prediction: FramePrediction, camera_frame: str, lens: Lens = PINHOLE) -> None:
         """Write what belongs to one frame."""
-        frame = self._bag.add(prediction, camera_frame)
+        frame = self._bag.add(prediction, camera_frame, lens)
         self._trajectory.write(frame.stamp_ns, frame.T_map_camera)
 
     def _write_map(self) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 
 from stream3r_core.errors import InputError
 from stream3r_core.types import FramePrediction
+from stream3r_ros.components import recent_messages
 from stream3r_ros.config import ScaleConfig
 from stream3r_ros.conversions import depth_from_message, stamp_ns
 from stream3r_ros.depth_camera import DepthRays, depth_pairs
@@ -56,7 +57,7 @@ class DepthScale:
     """
 
     def __init__(self, transforms: TransformBuffer):
-        self._images: deque[tuple[int, Any]] = deque(maxlen=KEPT_DEPTH_IMAGES)
+        self._images = recent_messages(KEPT_DEPTH_IMAGES)
         self._transforms = transforms
         self._rays = DepthRays()
         self.camera_info: Any = None  # may be replaced at any time
@@ -66,7 +67,8 @@ class DepthScale:
 
         Raises :class:`InputError` for a stamp that is none.
         """
-        self._images.append((stamp_ns(message), message))
+        if stamp_ns(message) >= 0:  # before that there are no images
+            self._images.add(message)
 
     def ratio(
         self,
@@ -82,10 +84,11 @@ class DepthScale:
             TransformError: Where the depth camera is at that time is not known.
 
         """
-        offsets_ns = [(abs(at - prediction.stamp_ns), image) for at, image in list(self._images)]
-        offset_ns, nearest = min(offsets_ns, key=lambda pair: pair[0], default=(0, None))
-        if nearest is None or offset_ns > config.max_offset_s * 1e9:
+        at_ns, reach_ns = prediction.stamp_ns, int(config.max_offset_s * 1e9)
+        near = self._images.between(at_ns - reach_ns, at_ns + reach_ns)
+        if not near:
             return None
+        nearest = min(near, key=lambda image: abs(stamp_ns(image) - at_ns))
         depth_m, frame, info = (
             depth_from_message(nearest),
             nearest.header.frame_id,

@@ -14,7 +14,7 @@ from stream3r_core.evaluation.datasets.files import stamp_in_name
 from stream3r_core.image import PHOTO_SUFFIXES, list_photos, load_photo
 from stream3r_ros.bag import BagMessage, BagReader, is_bag
 from stream3r_ros.calibration import Calibrator
-from stream3r_ros.conversions import image_from_message, stamp_ns
+from stream3r_ros.conversions import PINHOLE, Lens, image_from_message, stamp_ns
 
 FILES_FRAME = 'camera_optical_frame'  # of inputs that name no frame
 DEFAULT_RATE_HZ = 30.0
@@ -30,6 +30,7 @@ class Frame(NamedTuple):
     stamp_ns: int
     frame_id: str
     K: np.ndarray | None = None
+    lens: Lens = PINHOLE
 
 
 class Source(Protocol):
@@ -85,13 +86,12 @@ class BagSource:
     def _load(self, recorded: BagMessage) -> Frame:
         message = self._bag.deserialize(recorded)
         rgb = image_from_message(message)
-        K = None
-        if self._info is not None:
-            rgb, K = self._calibrate(rgb, self._info)
         frame_id = message.header.frame_id
-        return Frame(
-            rgb, stamp_ns(message), frame_id.lstrip('/') if self._bag.is_ros1 else frame_id, K
-        )
+        frame_id = frame_id.lstrip('/') if self._bag.is_ros1 else frame_id
+        if self._info is None:
+            return Frame(rgb, stamp_ns(message), frame_id)
+        rgb, K, lens = self._calibrate(rgb, self._info)
+        return Frame(rgb, stamp_ns(message), frame_id, K, lens)
 
 
 class ImageFiles:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from stream3r_core.errors import InputError
 from stream3r_core.synthetic.render import camera_rays
 from stream3r_ros.calibration import Calibrator
+from stream3r_ros.conversions import PINHOLE, Lens
 from stream3r_ros.messages import rosbags_messages
 
 HEIGHT, WIDTH = 240, 320
@@ -68,9 +69,10 @@ def centre_of(image):
 @pytest.mark.parametrize('direction', [(0.01, 0.02), (-0.45, 0.3), (0.5, -0.35), (0.0, 0.4)])
 def test_a_point_lands_where_the_rectified_intrinsics_say(model, direction):
     image = dot(*seen_at(model, *direction))
-    rectified, K_rectified = Calibrator()(image, camera_info(model, LENSES[model]))
+    rectified, K_rectified, lens = Calibrator()(image, camera_info(model, LENSES[model]))
     expected = K_rectified @ [*direction, 1]
     np.testing.assert_allclose(centre_of(rectified), expected[:2], atol=0.2)
+    assert lens == PINHOLE
 
 
 def bend(image):
@@ -94,7 +96,7 @@ def test_straight_lines_of_a_distorted_rendering_become_straight():
 @pytest.mark.parametrize('model', LENSES)
 def test_a_rectified_image_has_no_margin_and_loses_little(model):
     image = np.full((HEIGHT, WIDTH, 3), 255, np.uint8)
-    rectified, K_rectified = Calibrator()(image, camera_info(model, LENSES[model]))
+    rectified, K_rectified, _ = Calibrator()(image, camera_info(model, LENSES[model]))
     assert rectified.shape == image.shape and (rectified == 255).all()
     border = (np.array([0, WIDTH - 1]) - K_rectified[0, 2]) / K_rectified[0, 0]
     u, _ = seen_at(model, border[[0, 1]], np.zeros(2))
@@ -105,14 +107,15 @@ def test_without_distortion_the_image_itself_comes_back():
     image = dot(50, 60)
     for info in (camera_info('plumb_bob', np.zeros(5)), camera_info('', [])):
         calibrated = Calibrator()(image, info)
-        assert calibrated.image is image
+        assert calibrated.image is image and calibrated.lens == PINHOLE
         np.testing.assert_array_equal(calibrated.K, K)
 
 
-def test_never_leaves_the_image_and_says_so():
-    image, calibrate = dot(50, 60), Calibrator('never')
-    calibrated = calibrate(image, camera_info('plumb_bob', LENSES['plumb_bob']))
-    assert calibrated.image is image and calibrate.leaves_distortion
+@pytest.mark.parametrize(('model', 'd'), [*LENSES.items(), ('of my own', [1.0])])
+def test_never_leaves_the_image_and_says_what_distortion_it_has(model, d):
+    image = dot(50, 60)
+    calibrated = Calibrator('never')(image, camera_info(model, d))
+    assert calibrated.image is image and calibrated.lens == Lens(model, tuple(d))
     np.testing.assert_array_equal(calibrated.K, K)
 
 
@@ -176,7 +179,7 @@ def test_intrinsics_hold_for_the_window_that_images_show(model, window, size_hw)
     seen = ([u, v] - offset) / bins
     grey = 255 * np.exp(-((columns - seen[0]) ** 2 + (rows - seen[1]) ** 2) / 8)
     info = windowed(camera_info(model, LENSES.get(model, [])), **window)
-    image, K_image = Calibrator()(grey.astype(np.uint8)[..., None].repeat(3, 2), info)
+    image, K_image, _ = Calibrator()(grey.astype(np.uint8)[..., None].repeat(3, 2), info)
     weight = image[..., 0].astype(float)
     centre = np.array([(weight * columns).sum(), (weight * rows).sum()]) / weight.sum()
     np.testing.assert_allclose(centre, (K_image @ [*direction, 1])[:2], atol=0.2)

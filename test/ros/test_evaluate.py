@@ -15,6 +15,7 @@ from recordings import (
     MESSAGES,
     SMALL,
     picture,
+    recorded,
     rgb,
     stamp,
     true_pose,
@@ -35,6 +36,7 @@ from stream3r_ros.bag import BagWriter
 from stream3r_ros.calibration import Calibrator
 from stream3r_ros.cli import main
 from stream3r_ros.clips import bag_clip
+from stream3r_ros.conversions import Lens
 from stream3r_ros.evaluation_tasks import (
     EvaluateConfig,
     evaluate_task,
@@ -175,6 +177,23 @@ def test_an_evaluation_writes_the_bag_of_a_replay(bag, tmp_path):
     assert main(['replay', str(bag), '--output', str(tmp_path / 'replay'), *SMALL]) == 0
     ours, theirs = ((tmp_path / n / 'bag' / 'bag.mcap').read_bytes() for n in ('out', 'replay'))
     assert ours == theirs
+
+
+@pytest.mark.parametrize('rectify', ['auto', 'never'])
+def test_with_known_intrinsics_both_say_what_distortion_is_left(tmp_path, rectify):
+    K, bending = np.array([[70.0, 0, 41], [0, 75, 29], [0, 0, 1]]), (-0.25, 0.05, 0.001, 0.0, 0.0)
+    info = MESSAGES.camera_info(K, 60, 80, 0, 'c', Lens('plumb_bob', bending))
+    bag = write_images(tmp_path / 'bag', extra={'/camera/camera_info': lambda index: info})
+    options = ['--set', f'rectify={rectify}']
+    evaluated(
+        tmp_path / 'out', bag, '--bag', '--set', 'evaluation.known_intrinsics=true', *options
+    )
+    replay = ['replay', str(bag), '--camera-info', '--output', str(tmp_path / 'replay')]
+    assert main([*replay, *SMALL, *options]) == 0
+    ours, theirs = ((tmp_path / n / 'bag' / 'bag.mcap').read_bytes() for n in ('out', 'replay'))
+    assert ours == theirs
+    said = recorded(tmp_path / 'out')['/stream3r/depth/camera_info'][0]
+    assert tuple(said.d) == (bending if rectify == 'never' else (0.0,) * 5)
 
 
 def test_evaluation_and_replay_give_the_same_trajectory(bag, tmp_path):

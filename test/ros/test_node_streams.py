@@ -16,7 +16,7 @@ from stream3r_core.config import from_dict
 from stream3r_core.pipeline import Reconstructor
 from stream3r_ros.calibration import Calibrator
 from stream3r_ros.config import NodeConfig
-from stream3r_ros.conversions import depth_from_message, stamp_ns
+from stream3r_ros.conversions import PINHOLE, Lens, depth_from_message, stamp_ns
 from stream3r_ros.messages import rclpy_class, rclpy_messages
 from stream3r_ros.outputs import FRAME_TOPICS, TOPICS, Outputs
 from stream3r_ros.parameters import nest
@@ -33,7 +33,7 @@ def transforms(messages):
     return [transform for message in messages for transform in message.transforms]
 
 
-def offline(num_images, K=None, see=picture, **parameters):
+def offline(num_images, K=None, see=picture, lens=PINHOLE, **parameters):
     """The messages that the same images give without any ROS graph between."""
     config = from_dict(NodeConfig, nest({**SMALL, **parameters}))
     model = load_model(config.model.preset, weights=config.model.weights)
@@ -43,7 +43,7 @@ def offline(num_images, K=None, see=picture, **parameters):
     for index in range(num_images):
         prediction = reconstructor.process(see(index), stamp(index), K)
         outputs.mapping = config.mapping
-        frames.append(outputs.add(prediction, CAMERA_FRAME))
+        frames.append(outputs.add(prediction, CAMERA_FRAME, lens))
     return frames, outputs, reconstructor.map.points()
 
 
@@ -86,9 +86,8 @@ def test_live_equals_offline_message_by_message(live):
     frames, outputs, cloud = offline(NUM_IMAGES)
     for topic in FRAME_TOPICS:
         assert live.wait_for(topic, NUM_IMAGES) == [f.message(topic) for f in frames], topic
-    paths = live.wait_for('~/path', NUM_IMAGES)
-    assert paths[-1] == outputs.path(stamp(NUM_IMAGES - 1))
-    assert [len(path.poses) for path in paths] == list(range(1, NUM_IMAGES + 1))
+    path = live.wait_for_path(*range(NUM_IMAGES))
+    assert path == outputs.path(stamp(NUM_IMAGES - 1))
     expected_map = outputs.map(cloud, stamp(NUM_IMAGES - 1))
     live.wait_until(lambda: live.received['~/map'] and live.received['~/map'][-1] == expected_map)
     assert expected_map.width > 0
@@ -136,6 +135,22 @@ def test_images_of_a_distorting_lens_are_rectified(live):
         assert live.wait_for(topic, 2) == [f.message(topic) for f in frames], topic
     said = live.received['~/depth/camera_info'][0]
     assert said.k[0] == pytest.approx(K_rectified[0, 0] * said.width / WIDTH) and not any(said.d)
+
+
+def test_never_rectified_images_leave_with_their_distortion_and_the_cloud_of_a_pinhole(live):
+    K, d = np.array([[70.0, 0, 41], [0, 75, 29], [0, 0, 1]]), (-0.25, 0.05, 0.001, 0.0, 0.0)
+    live.start(rectify='never')
+    live.connect_camera()
+    live.send_camera_info(K, d=d)
+    live.feed(0, 1)
+    frames, *_ = offline(2, K, lens=Lens('plumb_bob', d))
+    for topic in FRAME_TOPICS:
+        assert live.wait_for(topic, 2) == [f.message(topic) for f in frames], topic
+    said = live.received['~/depth/camera_info'][0]
+    assert (said.distortion_model, tuple(said.d)) == ('plumb_bob', d)
+    assert said.k[0] == pytest.approx(70 * said.width / WIDTH)
+    assert live.received['~/cloud'] == [f.message('~/cloud') for f in offline(2, K)[0]]
+    assert live.log.count('cloud and map are bent by it') == 1
 
 
 def test_intrinsics_that_cannot_be_right_are_not_used_and_named_once(live):

@@ -28,7 +28,7 @@ from stream3r_ros.bag import BagWriter
 from stream3r_ros.calibration import Calibrator
 from stream3r_ros.cli import main
 from stream3r_ros.config import NodeConfig
-from stream3r_ros.conversions import stamp_ns
+from stream3r_ros.conversions import Lens, stamp_ns
 from stream3r_ros.messages import rosbags_messages
 from stream3r_ros.outputs import Outputs
 from stream3r_ros.results import RECORDED
@@ -156,8 +156,8 @@ def test_known_intrinsics_of_the_bag_are_used_when_asked_for(tmp_path):
 
 
 def test_images_are_rectified_when_the_intrinsics_of_the_bag_are_used(tmp_path):
-    lens = MESSAGES.camera_info(np.array([[70.0, 0, 41], [0, 75, 29], [0, 0, 1]]), 60, 80, 0, 'c')
-    lens.d = np.array([-0.25, 0.05, 0.001, 0.0, 0.0])
+    K, bending = np.array([[70.0, 0, 41], [0, 75, 29], [0, 0, 1]]), (-0.02, 0.008, -0.003, 0.001)
+    lens = MESSAGES.camera_info(K, 60, 80, 0, 'c', Lens('equidistant', bending))
     calibrate = Calibrator()
     ideal = MESSAGES.camera_info(calibrate(picture(0), lens).K, 60, 80, 0, 'c')
     bent = write_images(tmp_path / 'bent', extra={'/camera/camera_info': lambda index: lens})
@@ -170,9 +170,14 @@ def test_images_are_rectified_when_the_intrinsics_of_the_bag_are_used(tmp_path):
     replay(tmp_path / 'a', bent, '--camera-info')
     replay(tmp_path / 'b', tmp_path / 'straight', '--camera-info')
     replay(tmp_path / 'c', bent, '--camera-info', '--set', 'rectify=never')
-    a, b, c = (recorded(tmp_path / name)['/stream3r/depth/image'][3].data for name in 'abc')
+    runs = [recorded(tmp_path / name) for name in 'abc']
+    a, b, c = (run['/stream3r/depth/image'][3].data for run in runs)
     np.testing.assert_array_equal(a, b)
     assert (a != c).any()
+    a, b, c = (run['/stream3r/depth/camera_info'][3] for run in runs)
+    assert a.distortion_model == b.distortion_model == 'plumb_bob' and not (any(a.d) or any(b.d))
+    assert (c.distortion_model, tuple(c.d)) == ('equidistant', bending)
+    assert c.k[0] == pytest.approx(70 * c.width / 80)
 
 
 def test_the_effective_configuration_can_be_fed_back(tmp_path):
