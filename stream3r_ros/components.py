@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -90,8 +91,7 @@ class _Recent:
         self._messages: deque[tuple[int, Any]] = deque(maxlen=size)
 
     def add(self, message: Any) -> None:
-        stamp = message.header.stamp
-        self._messages.append((stamp.sec * 10**9 + stamp.nanosec, message))
+        self._messages.append((_stamp_ns(message), message))
 
     def between(self, start_ns: int, end_ns: int) -> list[Any]:
         return [m for at_ns, m in list(self._messages) if start_ns <= at_ns <= end_ns]
@@ -104,19 +104,25 @@ class _FilterCache:
         self._lock = threading.Lock()  # the library's own lists are changed one after the other
 
     def add(self, message: Any) -> None:
+        stamp = _ros_time(_stamp_ns(message))  # which the library asks of rclpy's messages only
+        held = SimpleNamespace(header=SimpleNamespace(stamp=stamp), message=message)
         with self._lock:
-            self._cache.add(message)
+            self._cache.add(held)
 
     def between(self, start_ns: int, end_ns: int) -> list[Any]:
-        from rclpy.clock import ClockType
-        from rclpy.time import Time
-
-        start, end = (
-            Time(nanoseconds=max(0, ns), clock_type=ClockType.ROS_TIME)
-            for ns in (start_ns, end_ns)
-        )
         with self._lock:
-            return self._cache.getInterval(start, end)
+            found = self._cache.getInterval(_ros_time(max(0, start_ns)), _ros_time(end_ns))
+        return [held.message for held in found]
+
+
+def _stamp_ns(message: Any) -> int:
+    stamp = message.header.stamp
+    return stamp.sec * 10**9 + stamp.nanosec
+
+
+def _ros_time(stamp_ns: int) -> Any:
+    time = component('rclpy.time')
+    return time.Time(nanoseconds=stamp_ns, clock_type=component('rclpy.clock').ClockType.ROS_TIME)
 
 
 def diagnostics_publisher(node: Any, hardware_id: str) -> Callable[['NodeStatus'], None]:

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def stream3r(*arguments):
     command = [sys.executable, '-m', 'stream3r_ros', *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 def test_help_names_every_command():

@@ -49,7 +49,7 @@ def demo(tmp_path):
     yield start
     for child in children:
         child.kill()
-        child.communicate(timeout=60)
+        child.communicate(timeout=300)
 
 
 def finish(child):

@@ -42,8 +42,8 @@ def wait(condition, patience):
     stop = min(end, time.monotonic() + patience)
     while not condition() and time.monotonic() < stop:
         rclpy.spin_once(node, timeout_sec=0.1)
-wait(lambda: all(p.get_subscription_count() for p in (images, clouds)), 60)
-wait(lambda: node.count_publishers('confirmed'), 60)
+wait(lambda: all(p.get_subscription_count() for p in (images, clouds)), 300)
+wait(lambda: node.count_publishers('confirmed'), 300)
 for number in range({IMAGES} + {CLOUDS}):
     publisher, message = (images, image) if number < {IMAGES} else (clouds, cloud)
     message.header.stamp.nanosec = number
@@ -77,7 +77,7 @@ def received_numbers(spawn, node, spin_until, deadline_s):
 
 @pytest.mark.ros
 def test_every_image_and_cloud_arrives_best_effort_between_two_processes(spawn, node, spin_until):
-    numbers = received_numbers(spawn, node, spin_until, deadline_s=60)
+    numbers = received_numbers(spawn, node, spin_until, deadline_s=300)
     assert numbers == list(range(IMAGES + CLOUDS))
 
 
@@ -108,7 +108,7 @@ def test_rclpy_starts_and_logs_where_there_is_no_home(graph, monkeypatch, tmp_pa
     monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
     prepare_environment(environ)
     code = 'import rclpy; rclpy.init(); rclpy.create_node("node").get_logger().info("written")'
-    subprocess.run([sys.executable, '-c', code], check=True, timeout=60, env=environ)
+    subprocess.run([sys.executable, '-c', code], check=True, timeout=300, env=environ)
     logs = [path.read_text() for path in (tmp_path / 'ros_log').glob('*.log')]
     assert any('written' in log for log in logs), logs
 

@@ -145,7 +145,7 @@ def test_a_signal_ends_it_cleanly_in_the_middle(bag, spawn, listen, spin_until, 
     player = start(spawn, bag, '--rate', '0.0001')
     spin_until(lambda: images)
     player.send_signal(ending)
-    output, _ = player.communicate(timeout=180)
+    output, _ = player.communicate(timeout=300)
     assert player.returncode == 0, output
     assert output.strip().endswith('stopped')
     assert len(images) < NUM_IMAGES
@@ -155,7 +155,7 @@ def test_a_signal_ends_the_wait_for_a_subscriber(bag, spawn, node, spin_until):
     player = start(spawn, bag)
     spin_until(lambda: node.count_publishers(IMAGE))
     player.send_signal(signal.SIGTERM)
-    player.communicate(timeout=180)
+    player.communicate(timeout=300)
     assert player.returncode == 0
 
 
