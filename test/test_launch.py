@@ -22,6 +22,7 @@ pytestmark = pytest.mark.ros
 ROOT = Path(__file__).resolve().parents[1]
 DEADLINE_S = 300
 ENDED = 'process has finished cleanly'
+PATIENCE = ('sigterm_timeout:=100', 'sigkill_timeout:=100')  # launch kills after 15 s else
 ROS2 = 'import sys; from ros2cli.cli import main; sys.exit(main())'
 COMMAND = f"""#!{sys.executable}
 import sys
@@ -98,7 +99,7 @@ def bag(tmp_path):
 def test_the_node_and_the_player_of_a_bag_start_work_and_end(launch, bag, tmp_path):
     running = launch(
         'reconstruct.launch.py', f'bag:={bag}', f'params_file:={tmp_path}/options.yaml',
-        f'save_directory:={tmp_path}/saved', 'map_frame:=site',
+        f'save_directory:={tmp_path}/saved', 'map_frame:=site', *PATIENCE,
     )  # fmt: skip
     log = ''
     for line in running.stdout:
