@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from stream3r_core.cache.token_places import VoxelSize
 from stream3r_core.cache.token_pool import MIN_TILE_BYTES, NARROW, TokenPool
 from stream3r_core.cache.working import Layout, WorkingCache
 from stream3r_core.config import CacheConfig
@@ -56,9 +57,10 @@ class Plan:
         """Bytes of everything that :class:`StacCache` allocates."""
         working, pool = self.allocate(META)
         total = sum(x.nbytes for x in working.tensors())
-        if pool is not None:  # point and confidence per token, mean query per head
+        if pool is not None:  # point and confidence per token, mean query per head, voxel size
             layout = self.layout
-            total += sum(x.nbytes for x in pool.tensors())
+            edge = VoxelSize(CacheConfig(), META)
+            total += sum(x.nbytes for x in (*pool.tensors(), *edge.tensors()))
             total += 16 * layout.frame_slots * layout.frame_tokens
             total += 4 * layout.layers * layout.heads * layout.head_dim
         return total

@@ -59,7 +59,8 @@ class CameraCache(KVCache):
 
     def _grow(self, num_slots: int) -> None:
         added = (num_slots - self.slots.capacity) * self.updates_per_frame
-        self.kv = torch.cat((self.kv, self.kv[..., :1, :].expand(-1, -1, -1, added, -1)), 3)
+        shape = (*self.kv.shape[:3], added, self.kv.shape[4])
+        self.kv = torch.cat((self.kv, self.kv.new_zeros(shape)), 3)
         self.bias = torch.cat((self.bias, self.bias.new_full((1, 1, 1, added), -torch.inf)), 3)
         self.slots.capacity = num_slots
 
@@ -115,7 +116,9 @@ class CameraCache(KVCache):
     def _hide(self, slots) -> None:
         for slot in slots:
             first = slot * self.updates_per_frame
-            self.bias[..., first : first + self.updates_per_frame] = -torch.inf
+            span = slice(first, first + self.updates_per_frame)
+            self.bias[..., span] = -torch.inf
+            self.kv[:, :, :, span] = 0.0  # a mask does not hide a NaN: 0 * NaN is NaN
 
     def rollback(self) -> None:
         """Forget the open frames."""
@@ -126,6 +129,7 @@ class CameraCache(KVCache):
     def reset(self) -> None:
         """Forget all frames."""
         self.slots.clear()
+        self.kv.zero_()
         self.bias.fill_(-torch.inf)
         self.num_frames = 0
         self.spacing = 1

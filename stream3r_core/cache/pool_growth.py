@@ -13,7 +13,11 @@ def with_room_for(pool: TokenPool, dropped: Dropped) -> TokenPool:
 
     Asks the device how full the pool is: growth cannot be decided without waiting.
     """
-    arriving = dropped.key.shape[1] + pool.carried.key.shape[1]
+    # All that comes may find its row full and have to wait for the next step.
+    arriving = dropped.key.shape[1] + int((pool.carried.key < NOWHERE).sum(1).max())
+    carry = pool.carried.key.shape[1]
+    if carry < arriving:
+        carry = int(GROWTH * arriving)
     free_tokens = int((pool.owner[:, :-1] < 0).sum(1).min())
     tokens, voxels = pool.capacity, pool.voxels.capacity
     if free_tokens < arriving:
@@ -23,15 +27,17 @@ def with_room_for(pool: TokenPool, dropped: Dropped) -> TokenPool:
     needed = int(pool.voxels.count) + int((pool.voxels.lookup(different) < 0).sum())
     if needed > voxels:
         voxels = int(GROWTH * needed)
-    if (tokens, voxels) == (pool.capacity, pool.voxels.capacity):
+    if (tokens, voxels, carry) == (
+        pool.capacity, pool.voxels.capacity, pool.carried.key.shape[1]
+    ):  # fmt: skip
         return pool
-    return _grown(pool, tokens, voxels)
+    return _grown(pool, tokens, voxels, carry)
 
 
-def _grown(old: TokenPool, num_tokens: int, num_voxels: int) -> TokenPool:
+def _grown(old: TokenPool, num_tokens: int, num_voxels: int, carry: int) -> TokenPool:
     new = TokenPool(
         old.num_groups, num_tokens, num_voxels, old.k.shape[2], old.rule,
-        old.carried.key.shape[1], old.k.dtype, old.k.device, tile_bytes=old.tile_bytes,
+        carry, old.k.dtype, old.k.device, tile_bytes=old.tile_bytes,
     )  # fmt: skip
     for name in ('k', 'v', 'weight', 'score_sum', 'count', 'owner', 'table'):
         _copy_into(getattr(new, name), getattr(old, name))
@@ -39,7 +45,9 @@ def _grown(old: TokenPool, num_tokens: int, num_voxels: int) -> TokenPool:
     new.voxels.keys[:V] = old.voxels.keys
     new.voxels.slots[:V] = old.voxels.slots  # slots from V on are free and stand behind
     new.value[:V] = old.value
-    for to, of in zip((*new.carried, *new.books), (*old.carried, *old.books)):
+    for to, of in zip(new.carried, old.carried):
+        to[:, : of.shape[1]] = of
+    for to, of in zip(new.books, old.books):
         to.copy_(of)
     return new
 

@@ -281,9 +281,10 @@ class StacCache(KVCache):
         """Return everything that is allocated."""
         if self.plan is None:
             return []
-        own = [] if self.pool is None else [self.place, self.sureness, self.query]
-        pool = [] if self.pool is None else self.pool.tensors()
-        return [*self.working.tensors(), *own, *pool]
+        if self.pool is None:
+            return self.working.tensors()
+        own = self.place, self.sureness, self.query, *self.voxel_size.tensors()
+        return [*self.working.tensors(), *own, *self.pool.tensors()]
 
     @property
     def num_tokens(self) -> int:

@@ -57,6 +57,10 @@ class VoxelSize:
         self._is_frozen = torch.zeros((), dtype=torch.bool, device=device)
         self.reset()
 
+    def tensors(self) -> list[Tensor]:
+        """Return everything that is allocated."""
+        return [self.edge, self._sum, self._num_edges, self._is_frozen]
+
     def observe(self, places: Tensor) -> None:
         """Take the places [n, T, 3] of the tokens of new frames, world = first camera."""
         if self._config.voxel_size:

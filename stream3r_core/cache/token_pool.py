@@ -136,9 +136,11 @@ class TokenPool:
         """Forget everything."""
         self.owner.fill_(-1)
         self.table.fill_(-1)
-        self.count.zero_()
+        # What is not live is masked; a mask does not hide a NaN.
+        stores = self.k, self.v, self.carried.k, self.carried.v
+        for store in (*stores, self.weight, self.score_sum, self.count, self.value):
+            store.zero_()
         self.voxels.clear()
-        self.value.zero_()
         self.carried.score.fill_(-torch.inf)
         self.carried.key.fill_(NOWHERE)
         for number in self.books:

@@ -148,6 +148,8 @@ class WorkingCache:
 
     def abandon(self) -> None:
         """Forget the open frames as if they had never come."""
+        for slot in self.slots.open:
+            self.kv[..., self._span(slot), :] = 0.0  # a mask does not hide a NaN
         self._mask(self.slots.open)
         self.slots.open = []
 
@@ -230,6 +232,8 @@ class WorkingCache:
         """Forget everything; storage stays."""
         self.slots.clear()
         self.num_heavy = 0
+        for store in (self.kv, self.score, self.received):
+            store.zero_()
         self.bias.fill_(-torch.inf)
         self.retrieved_slot.fill_(-1)
         self._sees_pool = False

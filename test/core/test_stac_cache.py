@@ -55,14 +55,14 @@ class Walk:
             num_frames, height, width, generator=self.generator
         )
 
-    def step(self, num_frames=1, keep=None, points=None, change_sums=None):
+    def step(self, num_frames=1, keep=None, points=None, change_sums=None, value_scale=1.0):
         cache, layers = self.cache, L
         cache.begin(num_frames)
         for layer in range(layers):
             q, k, v = torch.randn(3, 1, H, num_frames * T, D, generator=self.generator)
-            seen = cache.update(layer, k, v)
+            seen = cache.update(layer, k, value_scale * v)
             if cache.needs_column_sums:
-                _, sums = attend_with_column_sums(q, *seen)
+                self.out, sums = attend_with_column_sums(q, *seen)
                 if change_sums is not None:
                     change_sums(layer, sums)
                 cache.record(layer, sums, q if cache.needs_queries else None)
@@ -209,6 +209,13 @@ def test_300_frames_of_new_space_stay_within_the_budget(max_bytes, retrieved):
     assert max(live[100:]) <= budget and min(live[100:]) > 0.4 * budget
     assert int(cache.pool.books.evicted) > 0
     assert int(cache.pool.voxels.count) <= cache.pool.voxels.capacity
+
+
+@pytest.mark.parametrize('retrieved', [0, 1, -1])
+def test_every_byte_of_the_cache_is_planned_and_claimed(retrieved):
+    cache = make_cache(replace(SMALL, retrieved=retrieved))
+    Walk(cache).run(5)
+    assert reachable_bytes(cache) == cache.capacity_bytes == cache.plan.num_bytes
 
 
 @pytest.mark.gpu
@@ -439,6 +446,19 @@ def test_f_unsure_points_stay_out_of_the_pool():
         placeless[guard] = int(books.placeless) / int(books.came)
     assert placeless[False] == pytest.approx(SPECIAL / T, abs=0.02)
     assert placeless[True] == pytest.approx((SPECIAL + (T - SPECIAL) / 2) / T, abs=0.02)
+
+
+@pytest.mark.parametrize('retrieved', [1, -1])
+def test_values_of_nan_that_reached_the_pool_are_gone_after_a_reset(retrieved):
+    config = replace(SMALL, heavy_hitters=0, retrieved=retrieved)
+    cache, fresh = make_cache(config), make_cache(config)
+    spoilt = Walk(cache).run(6)
+    spoilt.step(value_scale=torch.nan)
+    spoilt.run(6)
+    assert cache.pool.v.isnan().any() and spoilt.out.isnan().any()
+    cache.reset()
+    got, expected = (Walk(c, seed=3).run(7).out for c in (cache, fresh))
+    torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize('guard', [True, False])

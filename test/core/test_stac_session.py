@@ -12,6 +12,7 @@ from waiting import forbid_waiting
 from stream3r_core.cache.base import Attended, KVCache
 from stream3r_core.cache.camera import CameraCache
 from stream3r_core.cache.token_pool import TokenPool
+from stream3r_core.cache.voxel_table import NOWHERE
 from stream3r_core.cache.working import WorkingCache
 from stream3r_core.config import CacheConfig, PublishedCacheConfig
 from stream3r_core.errors import CacheError, ConfigError, InputError
@@ -121,10 +122,12 @@ def test_camera_memory_all_remembers_every_frame(chunk_size):
 
 
 @pytest.mark.parametrize('model', MODELS)
-@pytest.mark.parametrize('chunk_size', [1, 2, 4])
-def test_the_published_profile_equals_an_oracle_of_lists_and_loops(model, chunk_size):
+@pytest.mark.parametrize('chunk_size, voxel_size', [(1, 0.8), (2, 0.8), (4, 3.0)])
+def test_the_published_profile_equals_an_oracle_of_lists_and_loops(model, chunk_size, voxel_size):
+    """With large voxels rows overflow: what finds no room waits and is never lost."""
     frames = many(SIZES[1], 30)
-    config = replace(PAPER, chunk_size=chunk_size, window=max(2, chunk_size))
+    window = max(2, chunk_size)
+    config = replace(PAPER, chunk_size=chunk_size, window=window, voxel_size=voxel_size)
     session = spatial(model, config, 'stac_paper')
     oracle = spatial(model, config, 'stac_paper')
     sizes = golden_network(model).config
@@ -141,6 +144,9 @@ def test_the_published_profile_equals_an_oracle_of_lists_and_loops(model, chunk_
             pool = session.cache.pool
             live = pool.owner[group_index, :-1] >= 0
             assert int((live & (pool.count[group_index, :-1] > 1)).sum()) == pivots
+            carried = sum(len(tokens) for tokens in head.carried.values())
+            assert int((pool.carried.key[group_index] < NOWHERE).sum()) == carried
+    assert int(pool.books.lost) == 0
 
 
 @pytest.mark.parametrize('model, chunk_size', [('stream3r', 1), ('streamvggt', 2)])
@@ -329,6 +335,40 @@ def test_reset_starts_anew_in_the_same_storage():
     assert [x.data_ptr() for x in session.cache.tensors()] == where
     for name in NAMES:
         assert torch.equal(first[name], second[name])
+
+
+@pytest.mark.parametrize(
+    ('mode', 'config'),
+    [
+        *[('window', None), ('causal', None), ('stac_paper', PAPER)],
+        *[('stac', SMALL), ('stac', replace(SMALL, retrieved=-1))],
+    ],
+)
+def test_reset_mends_a_stream_that_a_frame_of_nan_has_spoilt(mode, config):
+    frames = many(SIZES[0], 8)
+    session = StreamSession(golden_network('stream3r'), mode, cache=config)
+    expected = stream(session, frames)
+    session.reset()
+    spoilt = frames.clone()
+    spoilt[5] = torch.nan
+    assert stream(session, spoilt)['pose_enc'][-1].isnan().any()
+    session.reset()
+    got = stream(session, frames)
+    for name in NAMES:
+        assert torch.equal(got[name], expected[name])
+
+
+def test_a_failed_chunk_of_nan_leaves_nothing_behind_a_mask(monkeypatch):
+    """Single frames that follow use one of its slots; the others are hidden, not gone."""
+    frames = many(SIZES[0], 6)
+    config = replace(SMALL, chunk_size=4, window=4, max_bytes=0)
+    session = spatial('stream3r', config)
+    session._process(frames[:2])
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(golden_network('stream3r').point_head, 'forward', _fail)
+        session._process(torch.full_like(frames[:4], torch.nan))
+    got = stream(session, frames[2:])
+    assert all(x.isfinite().all() for x in got.values())
 
 
 def test_after_a_reset_the_stream_may_have_another_size():
