@@ -41,7 +41,7 @@ def measure(num_queries, num_keys, dtype, device, repeats):
     for backend in registry.BACKENDS:
         for name, sums, given in (('plain', False, None), ('bias', False, bias),
                                   ('column sums', True, bias)):  # fmt: skip
-            request = registry.Request.of(q, given, sums)
+            request = registry.Request.of(q, k, given, sums)
             refusal = backend.refusal(request)
             if refusal is None:
                 rows[f'{backend.name}, {name}'] = {

@@ -186,6 +186,7 @@ def variants(args, load):
     yield '+ channels-last heads', StreamSession(fast, **common)
     yield '+ no point head (default)', StreamSession(fast, **one)
     yield '+ bfloat16', StreamSession(load(torch.bfloat16), **one)
+    yield '+ int8 keys, values', StreamSession(load(torch.bfloat16), kv_dtype='int8', **one)
     if args.device == 'cpu' and hasattr(torch, 'ao'):
         yield (
             '+ int8 weights instead',

@@ -12,6 +12,10 @@ import torch
 from torch import Tensor
 
 HALF = (torch.float16, torch.bfloat16)
+# Where blocks of keys gain over the fused kernel of CPUs: long caches, and few queries, so that a
+# block that the caches hold has many keys.
+MANY_LOGITS = 1 << 20  # of a head, at least
+FEW_QUERIES = 1 << 11  # of all heads together, at most
 
 
 class Request(NamedTuple):
@@ -22,11 +26,20 @@ class Request(NamedTuple):
     head_dim: int
     bias: bool
     column_sums: bool
+    long_cache: bool = False  # many keys for few queries
+    gradients: bool = False
 
     @classmethod
-    def of(cls, q: Tensor, bias: Tensor | None, column_sums: bool) -> 'Request':
+    def of(cls, q: Tensor, k: Tensor, bias: Tensor | None, column_sums: bool) -> 'Request':
         """Describe a call by its arguments."""
-        return cls(q.device.type, q.dtype, q.shape[-1], bias is not None, column_sums)
+        return cls(
+            q.device.type, q.dtype, q.shape[-1], bias is not None, column_sums,
+            _is_long(q, k), torch.is_grad_enabled(),
+        )  # fmt: skip
+
+
+def _is_long(q: Tensor, k: Tensor) -> bool:
+    return q.shape[2] * k.shape[2] >= MANY_LOGITS and q.shape[:3].numel() <= FEW_QUERIES
 
 
 class Backend(NamedTuple):
@@ -49,6 +62,16 @@ def _refuse_flash(request: Request) -> str | None:
     if request.head_dim > flash.MAX_HEAD_DIM or request.head_dim % 8:
         return f'serves head widths that are multiples of 8 up to {flash.MAX_HEAD_DIM}'
     return flash.unavailable()
+
+
+def _refuse_blocks(request: Request) -> str | None:
+    if request.column_sums:
+        return 'does not return column sums'
+    if request.device != 'cpu' or request.dtype not in (torch.float32, torch.bfloat16):
+        return f'serves float32 and bfloat16 on cpu, not {request.dtype} on {request.device}'
+    if request.gradients:
+        return 'has no gradients (torch.inference_mode switches them off)'
+    return None if request.long_cache else 'pays for few queries to a long cache only'
 
 
 def _refuse_sdpa(request: Request) -> str | None:
@@ -79,6 +102,12 @@ def _run_flash(q, k, v, bias=None):
     return flash.attention(q, k, v, bias).out
 
 
+def _run_blocks(q, k, v, bias=None):
+    from stream3r_core.kernels import blocked
+
+    return blocked.attention(q, k, v, bias).out
+
+
 def _run_sdpa(q, k, v, bias=None):
     mask = None if bias is None else bias.to(q.dtype)
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -100,6 +129,7 @@ def _run_tiled(q, k, v, bias=None, query_fraction=1.0):
 #: In order of preference.
 BACKENDS = (
     Backend('flash-attn', _refuse_flash, _run_flash),
+    Backend('blocks', _refuse_blocks, _run_blocks),
     Backend('sdpa', _refuse_sdpa, _run_sdpa),
     Backend('triton', _refuse_triton, _run_triton),
     Backend('pytorch', _refuse_tiled, _run_tiled),

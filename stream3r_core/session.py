@@ -51,6 +51,7 @@ class StreamSession:
         camera_cache: str = 'per_iteration',
         max_frames: int = 0,
         device_frames: int = 0,
+        kv_dtype: str = 'model',
         image: ImageConfig | None = None,
         outputs: tuple[str, ...] = ALL_OUTPUTS,
         cache: CacheConfig | None = None,
@@ -64,6 +65,7 @@ class StreamSession:
                 'camera_cache': camera_cache,
                 'max_frames': max_frames,
                 'device_frames': device_frames,
+                'kv_dtype': kv_dtype,
             },
             'session',
         )

@@ -59,6 +59,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument('--repeats', type=int, default=3, help='streams (default: %(default)s)')
     parser.add_argument('--warmup', type=int, default=3, help='frames that do not count')
+    parser.add_argument(
+        '--chunks',
+        type=int,
+        nargs='+',
+        default=(),
+        metavar='N',
+        help='also measure frames processed N at a time, in the modes with a spatial memory',
+    )
     parser.add_argument('--threads', type=int, default=0, help='of PyTorch; 0 = all cores')
     parser.add_argument(
         '--peak-tflops',
@@ -78,6 +86,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure every mode in a fresh process, print the tables, write the JSON."""
+    if args.chunks and not all(1 <= n <= 8 for n in args.chunks):
+        raise ConfigError(f'--chunks takes sizes from 1 to 8, got {list(args.chunks)}')
     if args.threads < 0 or args.peak_tflops < 0:
         raise ConfigError('--threads and --peak-tflops must not be negative')
     config = config_from_args(args)
@@ -91,8 +101,9 @@ def run(args: argparse.Namespace) -> int:
     }
     for mode in args.modes:  # in fresh processes: the peak of one is not that of another
         job = partial(
-            measure, config, mode, plan, args.threads, args.peak_tflops, _can_publish(args)
-        )
+            measure, config, mode, plan, args.threads, args.peak_tflops, _can_publish(args),
+            tuple(args.chunks),
+        )  # fmt: skip
         (outcome,) = run_jobs({mode: job}, num_workers=1)
         if outcome.failure:
             raise Stream3rError(f'mode {mode} could not be measured: {outcome.failure}')
@@ -107,12 +118,19 @@ def run(args: argparse.Namespace) -> int:
 
 
 def measure(
-    config: NodeConfig, mode: str, plan: Plan, threads: int, peak_tflops: float, publishes: bool
+    config: NodeConfig,
+    mode: str,
+    plan: Plan,
+    threads: int,
+    peak_tflops: float,
+    publishes: bool,
+    chunks: tuple[int, ...] = (),
 ) -> dict[str, Any]:
     """Measure one mode in this process."""
     import torch
 
     from stream3r_core.benchmark.arithmetic import count_operations, matrix_rate
+    from stream3r_core.benchmark.chunks import measure_chunks
     from stream3r_core.benchmark.measure import measure_mode
     from stream3r_core.evaluation.conditions import conditions
     from stream3r_core.pipeline import load_configured_model
@@ -125,6 +143,8 @@ def measure(
     rate = 1e12 * peak_tflops or matrix_rate(model.device, model.dtype)
     with _publisher(config) if publishes else _nothing() as publish:
         result = measure_mode(model, config, plan, publish)
+    if chunks and mode in ('stac', 'stac_paper'):
+        result['chunks'] = measure_chunks(model, config, plan, chunks)
     arithmetic = count_operations(model.config, plan.height, plan.width)
     for row in result['frames']['rows']:
         row['floor_s'] = arithmetic.flop(row['cached_tokens']) / rate
@@ -213,6 +233,7 @@ def tables(report: dict[str, Any]) -> Iterator[str]:
             yield _row(row, PUBLISHED.get(mode, {}).get(row['frame']))
         yield f'  stages of a whole frame, ms ({plan["width"]}x{plan["height"]}):'
         yield from _stage_lines(result['stages'])
+        yield from _chunk_lines(result.get('chunks', ()))
     rate = 'measured matrix product' if floor['is_measured'] else 'given'
     yield ''
     yield (
@@ -258,3 +279,11 @@ def _stage_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
             )
     yield f'{"sum":>16}' + ''.join(f'{1e3 * sum(row["stages"].values()):>8.2f}' for row in rows)
     yield f'{"whole frame":>16}' + ''.join(f'{1e3 * row["seconds"]:>8.2f}' for row in rows)
+
+
+def _chunk_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
+    for row in rows:
+        yield (
+            f'  chunks of {row["chunk_size"]}: {1e3 * row["per_frame_s"]:.1f} ms per frame; a '
+            f'chunk takes p50 {1e3 * row["p50_s"]:.1f}, p95 {1e3 * row["p95_s"]:.1f} ms'
+        )

@@ -10,12 +10,14 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from stream3r_core.kernels.quantized import Quantized
+
 
 class Attended(NamedTuple):
     """Keys and values that the new queries attend to, without any further mask."""
 
-    k: Tensor  # [1, heads, N, head_dim]
-    v: Tensor  # [1, heads, N, head_dim]
+    k: Tensor | Quantized  # [1, heads, N, head_dim]
+    v: Tensor | Quantized  # [1, heads, N, head_dim]
     bias: Tensor | None = None  # [1, heads, 1, N] added to the logits; None = zero
 
 

@@ -23,8 +23,10 @@ class DenseCache(SlotCache):
     beyond it with a :class:`CacheError`, before anything is written.
     """
 
-    def __init__(self, num_layers: int, max_frames: int = 0, updates_per_frame: int = 1):
-        super().__init__(num_layers, updates_per_frame)
+    def __init__(
+        self, num_layers: int, max_frames: int = 0, updates_per_frame: int = 1, bits: int = 0
+    ):
+        super().__init__(num_layers, updates_per_frame, bits)
         self.max_frames = max_frames
 
     def _initial_slots(self) -> int:

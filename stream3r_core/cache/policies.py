@@ -12,6 +12,7 @@ from stream3r_core.cache.window import WindowCache
 from stream3r_core.config import CacheConfig, PublishedCacheConfig, SessionConfig, from_dict
 from stream3r_core.errors import ConfigError
 
+KV_BITS = {'model': 0, 'int8': 8, 'int4': 4}
 SPATIAL_MODES = {'stac': CacheConfig, 'stac_paper': PublishedCacheConfig}
 
 
@@ -53,6 +54,7 @@ def make_caches(
 ) -> tuple[KVCache, KVCache]:
     """Return the aggregator's and the camera head's cache for a network and a mode."""
     sizes = model.config
+    bits = _kv_bits(session, cache, sizes.head_dim)
     iterations, trunk = sizes.camera_iterations, sizes.camera_trunk_depth
     shared = session.camera_cache == 'shared'
     layers, updates = (trunk, iterations) if shared else (iterations * trunk, 1)
@@ -61,7 +63,7 @@ def make_caches(
         aggregator = (
             OffloadedCache(sizes.depth, session.device_frames, session.max_frames)
             if offloads
-            else _whole_frames(session, sizes.depth)
+            else _whole_frames(session, sizes.depth, bits=bits)
         )
         camera = _whole_frames(session, layers, updates)
     else:
@@ -73,11 +75,28 @@ def make_caches(
     return aggregator, SharedIterationsCache(camera, trunk) if shared else camera
 
 
-def _whole_frames(session: SessionConfig, num_layers: int, updates_per_frame: int = 1) -> KVCache:
+def _kv_bits(session: SessionConfig, cache: CacheConfig | None, head_dim: int) -> int:
+    bits = KV_BITS[session.kv_dtype]
+    if bits and (cache is not None or session.device_frames):
+        raise ConfigError(
+            f'session.kv_dtype={session.kv_dtype} serves the modes causal and window on one '
+            "device: use 'model' with the spatial modes and with session.device_frames"
+        )
+    if bits and head_dim % 8:
+        raise ConfigError(
+            f'session.kv_dtype={session.kv_dtype} needs heads of a multiple of 8 channels, this '
+            f"network has {head_dim}; use 'model'"
+        )
+    return bits
+
+
+def _whole_frames(
+    session: SessionConfig, num_layers: int, updates_per_frame: int = 1, bits: int = 0
+) -> KVCache:
     if session.mode == 'causal':
-        return DenseCache(num_layers, session.max_frames, updates_per_frame)
+        return DenseCache(num_layers, session.max_frames, updates_per_frame, bits)
     past_frames = session.window - (session.window_rule == 'exact')
-    return WindowCache(num_layers, past_frames, updates_per_frame)
+    return WindowCache(num_layers, past_frames, updates_per_frame, bits)
 
 
 def _camera_cache(model, cache: CacheConfig, layers: int, updates_per_frame: int) -> CameraCache:

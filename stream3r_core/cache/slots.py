@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from stream3r_core.cache.base import Attended, KVCache
+from stream3r_core.kernels import quantized
 
 
 class SlotCache(KVCache):
@@ -14,18 +15,22 @@ class SlotCache(KVCache):
     Storage is allocated at the first update, when shape, type and device are known, and reused
     after :meth:`reset` while they stay the same. ``updates_per_frame`` > 1 lets a layer be updated
     several times per frame (the shared camera cache of the published StreamVGGT, model.md 9.3).
+    With ``bits`` 8 or 4 keys and values are stored in so many, with a scale per token and head.
     """
 
-    def __init__(self, num_layers: int, updates_per_frame: int = 1):
+    def __init__(self, num_layers: int, updates_per_frame: int = 1, bits: int = 0):
         self.num_layers = num_layers
         self.updates_per_frame = updates_per_frame
+        self.bits = bits
         self.num_frames = 0  # frames committed since the last reset
         self._slot_tokens = 0
         self._written = [0] * num_layers  # tokens of the open frame, per layer
-        self._storage: list[Tensor] = []  # per layer [2, 1, heads, capacity, head_dim]
+        self._storage: list[Tensor] = []  # per layer [2, 1, heads, capacity, head_dim or bytes]
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> Attended:
         """Write the tokens into the open slot; return a view of all live slots up to them."""
+        if self.bits:
+            k, v = (quantized.to_rows(x, self.bits) for x in (k, v))
         if self.num_frames == 0 and not any(self._written):
             self._fit_storage(k)
         slot, live = self._open_slot(), self._live_slots()
@@ -36,7 +41,8 @@ class SlotCache(KVCache):
         storage[0, :, :, start:stop] = k
         storage[1, :, :, start:stop] = v
         self._written[layer] += k.shape[2]
-        return Attended(*self._visible(storage, slot, stop, live * self._slot_tokens))
+        seen = self._visible(storage, slot, stop, live * self._slot_tokens)
+        return Attended(*(quantized.of_rows(x, self.bits) if self.bits else x for x in seen))
 
     def _visible(self, storage: Tensor, slot: int, stop: int, end: int) -> Tensor:
         """Return all live tokens but those of an old frame that the open one is overwriting."""
@@ -69,7 +75,10 @@ class SlotCache(KVCache):
             slice(s * self._slot_tokens, (s + 1) * self._slot_tokens)
             for s in self._slots_in_time_order()
         ]
-        k, v = torch.cat([self._storage[layer][:, :, :, s] for s in slots], dim=3)
+        kept = torch.cat([self._storage[layer][:, :, :, s] for s in slots], dim=3)
+        if self.bits:
+            kept = quantized.dequantize(quantized.of_rows(kept, self.bits))
+        k, v = kept
         return k, v
 
     @property

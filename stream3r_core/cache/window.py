@@ -11,8 +11,10 @@ class WindowCache(SlotCache):
     (model.md 5), so the order of slots does not matter.
     """
 
-    def __init__(self, num_layers: int, past_frames: int, updates_per_frame: int = 1):
-        super().__init__(num_layers, updates_per_frame)
+    def __init__(
+        self, num_layers: int, past_frames: int, updates_per_frame: int = 1, bits: int = 0
+    ):
+        super().__init__(num_layers, updates_per_frame, bits)
         self.past_frames = past_frames
 
     def _initial_slots(self) -> int:

@@ -9,6 +9,7 @@ import torch
 
 from stream3r_core import StreamSession, load_model
 from stream3r_core.benchmark.arithmetic import count_operations
+from stream3r_core.benchmark.chunks import measure_chunks
 from stream3r_core.benchmark.measure import Plan, camera_images, measure_mode
 from stream3r_core.benchmark.stages import FRAME, STAGES, StageClock, watched
 from stream3r_core.config import PRESETS, CoreConfig, SessionConfig
@@ -102,6 +103,17 @@ def test_a_measurement_has_the_rows_that_were_asked_for(model, mode):
     for row in result['stages']:
         assert set(STAGES) == set(row['stages'])
         assert sum(row['stages'].values()) == pytest.approx(row['seconds'], rel=0.2, abs=0.01)
+
+
+def test_chunks_are_measured_whole_in_the_second_half_of_the_stream(model):
+    config = CoreConfig(session=SessionConfig(mode='stac'))
+    plan = Plan(height=32, width=40, frames=(6,), repeats=2, warmup=0)
+    rows = measure_chunks(model, config, plan, (1, 3))
+    assert [row['chunk_size'] for row in rows] == [1, 3]
+    assert [row['num_samples'] for row in rows] == [2 * 3, 2 * 1]  # of 6 and of 2 chunks
+    for row in rows:
+        assert row['per_frame_s'] == pytest.approx(row['p50_s'] / row['chunk_size'])
+        assert 0 < row['p50_s'] <= row['p95_s']
 
 
 def test_the_views_differ_so_that_none_counts_as_still():

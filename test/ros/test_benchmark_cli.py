@@ -42,6 +42,7 @@ def test_the_report_holds_frames_stages_floor_and_conditions(tmp_path, capsys):
         ('--size big', 'expected WIDTHxHEIGHT'),
         ('--frames 0', 'counted from 1'),
         ('--threads -1', 'must not be negative'),
+        ('--chunks 4 9', 'sizes from 1 to 8'),
         ('--set model.preset=huge', 'expected one of tiny'),
     ],
 )
