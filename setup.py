@@ -1,6 +1,22 @@
 from glob import glob
+from pathlib import Path
+from runpy import run_path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+commits = run_path('stream3r_core/commit.py')
+
+
+class BuildWithCommit(build_py):
+    """Builds the package with a note of its commit: an installed one has no git to ask."""
+
+    def run(self):
+        super().run()
+        package = Path(self.build_lib) / 'stream3r_core'
+        if package.is_dir() and not getattr(self, 'editable_mode', False):
+            (package / commits['NOTE']).write_text(commits['commit_of'](Path.cwd()))
+
 
 package_name = 'stream3r_ros'
 train = ['accelerate', 'tensorboard']
@@ -10,6 +26,7 @@ backend = ['gtsam>=4.3; python_version >= "3.11"', 'faiss-cpu']
 setup(
     name=package_name,
     version='0.1.0',
+    cmdclass={'build_py': BuildWithCommit},
     packages=find_packages(
         include=['stream3r_core', 'stream3r_core.*', 'stream3r_ros', 'stream3r_ros.*']
     ),

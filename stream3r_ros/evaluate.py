@@ -129,8 +129,8 @@ def _run_many(tasks: list[Task], args: argparse.Namespace) -> int:
         if task not in waiting:
             print(f'{task.name}: done before; --overwrite runs it again')
     jobs = {task.name: partial(evaluate_task, task) for task in waiting}
-    failures = 0
-    for outcome in run_jobs(jobs, workers(args.workers, tasks[0].config), args.ray):
+    failures, config = 0, tasks[0].config
+    for outcome in run_jobs(jobs, workers(args.workers, config), args.ray, config.model.device):
         failures += bool(outcome.failure)
         failed = f'FAILED {outcome.name}: {outcome.failure}'
         print(failed if outcome.failure else headline(outcome.value))

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from stream3r_core.commit import commit_of
+
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ('setup.py', 'setup.cfg', 'package.xml', 'README.md', 'LICENSE', 'resource', 'launch',
            'config', 'kernels', 'stream3r_core', 'stream3r_ros')  # fmt: skip
@@ -25,6 +27,7 @@ def prefix(tmp_path_factory):
             shutil.copytree(origin, copy, symlinks=True, ignore=shutil.ignore_patterns('*.pyc'))
         else:
             shutil.copy(origin, copy)
+    commit_all(base / 'source')
     pip = [sys.executable, '-m', 'pip', '--disable-pip-version-check', '-q']
     offline = ['--no-deps', '--no-index', '--no-build-isolation']
     wheel = [*pip, 'wheel', *offline, '--wheel-dir', base / 'dist', base / 'source']
@@ -33,6 +36,18 @@ def prefix(tmp_path_factory):
     install = [*pip, 'install', *offline, '--ignore-installed', '--prefix', base / 'prefix', built]
     subprocess.run(install, check=True)
     return base / 'prefix'
+
+
+def git(folder, *arguments):
+    who = ['-c', 'user.name=a', '-c', 'user.email=a@b.c', '-c', 'commit.gpgsign=false']
+    command = ['git', '-C', folder, *who, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def commit_all(folder):
+    git(folder, 'init', '-q')
+    git(folder, 'add', '.')
+    git(folder, 'commit', '-q', '-m', 'all')
 
 
 def site(prefix):
@@ -103,3 +118,20 @@ def test_a_checkout_finds_its_own_files():
         [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert run.stdout.strip() == str(ROOT / 'config' / 'fastdds.xml')
+
+
+def test_an_installed_package_knows_its_commit(prefix):
+    commit = git(prefix.parent / 'source', 'rev-parse', '--short=12', 'HEAD')
+    code = 'from stream3r_core.commit import known_commit; print(known_commit())'
+    assert python(prefix, '-c', code) == commit
+
+
+def test_every_state_of_a_changed_checkout_has_its_own_name(tmp_path):
+    assert commit_of(tmp_path) == ''
+    (tmp_path / 'code.py').write_text('a = 1')
+    commit_all(tmp_path)
+    names = [commit_of(tmp_path)]
+    for text in ('a = 2', 'a = 3'):
+        (tmp_path / 'code.py').write_text(text)
+        names.append(commit_of(tmp_path))
+    assert len(set(names)) == 3 and all(name.startswith(names[0]) for name in names)

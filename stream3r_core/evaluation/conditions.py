@@ -4,11 +4,13 @@ import dataclasses
 import datetime
 import os
 import platform
-import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+
+from stream3r_core import __version__
+from stream3r_core.commit import known_commit
 
 PACKAGES = ('torch', 'numpy', 'scipy', 'evo', 'open3d', 'rosbags')
 
@@ -30,15 +32,9 @@ def conditions(model) -> dict:
 
 
 def code_version() -> str:
-    """Version of the package, with the commit when it runs from a checkout."""
-    from stream3r_core import __version__
-
-    folder = Path(__file__).resolve().parents[2]
-    if not (folder / '.git').exists():
-        return __version__
-    commit = _git(folder, 'rev-parse', '--short=12', 'HEAD')
-    changed = '+changes' if _git(folder, 'status', '--porcelain', '--untracked-files=no') else ''
-    return f'{__version__} ({commit}{changed})' if commit else __version__
+    """Version of the package, and its commit where that is known."""
+    commit = known_commit()
+    return f'{__version__} ({commit})' if commit else __version__
 
 
 def device_name(device: torch.device) -> str:
@@ -71,13 +67,3 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return 'not installed'
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    try:
-        run = subprocess.run(
-            ['git', '-C', str(folder), *arguments], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return ''
-    return run.stdout.strip()

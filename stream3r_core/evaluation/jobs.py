@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import socket
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -24,18 +25,27 @@ class Outcome:
 
 
 def run_jobs(
-    jobs: Mapping[str, Job], num_workers: int | None = None, ray_address: str = ''
+    jobs: Mapping[str, Job],
+    num_workers: int | None = None,
+    ray_address: str = '',
+    device: str = 'cpu',
 ) -> Iterator[Outcome]:
     """Run named jobs and yield each outcome as soon as it is there, in any order.
 
     ``num_workers`` local processes share the cores (None: one for every two cores; 0: this very
-    process, one by one). A ``ray_address`` ('auto', 'ray://host:port') runs the jobs there
-    instead. A job that raises, or whose process is killed, fails alone.
+    process, one by one). A ``ray_address`` ('auto', 'host:port', 'ray://host:port') runs the jobs
+    there instead, each with a GPU of its own if ``device`` is 'cuda', or 'auto' and the cluster
+    has one. A job that raises, or whose process is killed, fails alone.
+
+    Raises:
+        ConfigError: No Ray cluster answers, or it has no GPU where one is wanted.
+        MissingDependencyError: A Ray address is given without ray.
+
     """
     if num_workers is not None and num_workers < 0:
         raise ConfigError(f'expected a number of workers >= 0, got {num_workers}')
     if ray_address:
-        yield from _on_ray(jobs, ray_address)
+        yield from _on_ray(jobs, ray_address, device)
     elif num_workers == 0:
         yield from (_run(name, job) for name, job in jobs.items())
     elif jobs:
@@ -89,15 +99,20 @@ def _set_threads(number: int) -> None:
     torch.set_num_threads(min(number, torch.get_num_threads()))
 
 
-def _on_ray(jobs: Mapping[str, Job], address: str) -> Iterator[Outcome]:
+def _on_ray(jobs: Mapping[str, Job], address: str, device: str) -> Iterator[Outcome]:
+    _check_reachable(address)
     try:
         import ray
     except ImportError as error:
         raise MissingDependencyError(
             "a Ray address was given, but ray is not installed: pip install 'stream3r_ros[ray]'"
         ) from error
-    ray.init(address=None if address == 'local' else address, ignore_reinit_error=True)
-    remote = ray.remote(max_retries=0)(_run)
+    try:
+        ray.init(address=None if address == 'local' else address, ignore_reinit_error=True)
+    except (ConnectionError, ValueError) as error:
+        raise _no_cluster(address, error) from error
+    num_gpus = gpus_per_job(device, ray.cluster_resources().get('GPU', 0))
+    remote = ray.remote(max_retries=0, num_gpus=num_gpus)(_run)
     pending = {remote.remote(name, job): name for name, job in jobs.items()}
     while pending:
         (done,), _ = ray.wait(list(pending), num_returns=1)
@@ -106,3 +121,33 @@ def _on_ray(jobs: Mapping[str, Job], address: str) -> Iterator[Outcome]:
             yield ray.get(done)
         except ray.exceptions.RayError as error:
             yield Outcome(name, failure=f'the Ray worker failed: {error}')
+
+
+def _check_reachable(address: str) -> None:
+    """Raise ConfigError where nobody listens: Ray itself tries for minutes, then exits."""
+    host, _, port = address.removeprefix('ray://').rpartition(':')
+    if not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise _no_cluster(address, error) from error
+
+
+def _no_cluster(address: str, error: Exception) -> ConfigError:
+    return ConfigError(
+        f'no Ray cluster answers at {address!r} ({error}): start one (ray start --head) and give '
+        "its address, or 'local'; without a Ray address, processes of this machine do the work"
+    )
+
+
+def gpus_per_job(device: str, cluster_gpus: float) -> int:
+    """Return the GPUs that Ray is to give each job: it hides the others from it."""
+    if device == 'cpu' or (device == 'auto' and not cluster_gpus):
+        return 0
+    if device not in ('auto', 'cuda') or not cluster_gpus:
+        raise ConfigError(
+            f'model.device {device!r} on a Ray cluster with {cluster_gpus:g} GPUs: Ray gives each '
+            "job its GPU, which is 'cuda' there; without any, use 'cpu'"
+        )
+    return 1

@@ -197,7 +197,7 @@ def run_suite(
         for path, (part, record) in waiting.items()
     }
     with tqdm(total=len(jobs), unit='clip', desc=run.name, disable=not jobs) as progress:
-        for outcome in run_jobs(jobs, num_workers, ray_address):
+        for outcome in run_jobs(jobs, num_workers, ray_address, run.config.model.device):
             _, record = waiting[outcome.name]
             records.append(record | (outcome.value or {}) | {'failure': outcome.failure})
             _write(Path(outcome.name), records[-1])

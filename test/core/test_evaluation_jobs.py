@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from stream3r_core.errors import ConfigError, DataError, MissingDependencyError
-from stream3r_core.evaluation.jobs import run_jobs
+from stream3r_core.evaluation.jobs import gpus_per_job, run_jobs
 
 
 def give(value):
@@ -65,6 +65,28 @@ def test_an_address_without_ray_is_refused_with_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, 'ray', None)
     with pytest.raises(MissingDependencyError, match='pip install'):
         outcomes(MIXED, ray_address='auto')
+
+
+@pytest.mark.parametrize('address', ['127.0.0.1:1', 'ray://127.0.0.1:1', '127.0.0.1:99999'])
+def test_an_address_where_nobody_answers_is_refused_at_once(address):
+    with pytest.raises(ConfigError, match=f'{address}.*ray start --head'):
+        outcomes(MIXED, ray_address=address)
+
+
+@pytest.mark.parametrize('address', ['auto', 'nonsense'])
+def test_ray_says_the_same_of_addresses_without_a_port(address):
+    pytest.importorskip('ray', reason="needs Ray: pip install 'stream3r_ros[ray]'")
+    with pytest.raises(ConfigError, match=f'{address}.*ray start --head'):
+        outcomes(MIXED, ray_address=address)
+
+
+def test_every_job_gets_a_gpu_of_the_cluster_where_it_wants_one():
+    asked = {(d, n): gpus_per_job(d, n) for d, n in (('cpu', 4), ('auto', 0), ('auto', 2))}
+    assert asked == {('cpu', 4): 0, ('auto', 0): 0, ('auto', 2): 1}
+    assert gpus_per_job('cuda', 1) == 1
+    for device, count in (('cuda', 0), ('cuda:1', 2)):
+        with pytest.raises(ConfigError, match=r"model.device.*'cpu'"):
+            gpus_per_job(device, count)
 
 
 def test_the_same_outcomes_on_a_ray_cluster(monkeypatch):
