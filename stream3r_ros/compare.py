@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from stream3r_core.errors import ConfigError, DataError
-from stream3r_core.evaluation.compare import COMPARISON_HTML, COMPARISON_JSON, compare
+from stream3r_core.evaluation.compare import COMPARISON_HTML, COMPARISON_JSON, UNITS, compare
 from stream3r_core.evaluation.html import number
 from stream3r_core.evaluation.jobs import run_jobs
 from stream3r_ros.evaluation_tasks import (
@@ -65,7 +65,11 @@ def run(args: argparse.Namespace) -> int:
         raise DataError('fewer than two variants gave results; see the messages above')
     rows = compare(reports, folder)
     for name, row in rows.items():
-        known = (f'{title} {number(value)}' for title, value in row.items() if value is not None)
+        known = (
+            f'{title} {number(value)} {UNITS[title]}'.rstrip()
+            for title, value in row.items()
+            if value is not None
+        )
         print(f'{name}: {", ".join(known)}')
     print(f'results in {folder}: {COMPARISON_HTML}, {COMPARISON_JSON}, and a folder per variant')
     return 1 if len(reports) < len(tasks) else 0

@@ -61,6 +61,7 @@ COLUMNS = (
     Column('latency p50', 'speed', 'latency p50', '', 'ms'),
     Column('latency p95', 'speed', 'latency p95', '', 'ms'),
 )
+UNITS = {column.title: column.unit for column in COLUMNS}
 QUALITIES = ('ATE', 'depth AbsRel', 'map accuracy')  # smaller is better in all
 COSTS = ('cache', 'latency p50')
 
@@ -137,7 +138,6 @@ def _heading(column: Column, reports: Iterable[Report]) -> str:
 
 
 def _plots(rows: Mapping[str, Mapping[str, float | None]]) -> list[Figure]:
-    units = {column.title: column.unit for column in COLUMNS}
     panels = [
         (cost, quality, {n: (r[cost], r[quality]) for n, r in rows.items()})
         for quality in QUALITIES
@@ -145,7 +145,7 @@ def _plots(rows: Mapping[str, Mapping[str, float | None]]) -> list[Figure]:
         if all(r[cost] is not None and r[quality] is not None for r in rows.values())
     ]
     labelled = [
-        tuple(f'{title} ({units[title]})' if units[title] else title for title in titles)
+        tuple(f'{title} ({UNITS[title]})' if UNITS[title] else title for title in titles)
         for *titles, _ in panels
     ]
     return [scatter(labelled, [points for *_, points in panels])] if panels else []

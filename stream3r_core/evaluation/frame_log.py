@@ -26,14 +26,13 @@ class FrameLog:
         return len(self.stamp_ns)
 
     def add(self, stamp_ns: int, latency_ms: float, cache_bytes: int, map_points: int) -> None:
-        """Note one processed frame and the memory of this moment."""
+        """Note one processed frame, the memory now, and that of the GPUs at its peak."""
         self.stamp_ns.append(stamp_ns)
         self.latency_ms.append(latency_ms)
         self.cache_bytes.append(cache_bytes)
         self.map_points.append(map_points)
         self.process_bytes.append(resident_bytes())
-        used = torch.cuda.memory_allocated() if torch.cuda.is_initialized() else None
-        self.gpu_bytes.append(used)
+        self.gpu_bytes.append(_gpu_peak_bytes())
 
     def write(self, path: Path) -> None:
         """Write all columns as CSV; empty: unknown."""
@@ -42,3 +41,14 @@ class FrameLog:
             file.write(f'{",".join(COLUMNS)}\n'.encode())
             for row in rows:
                 file.write((','.join('' if v is None else str(v) for v in row) + '\n').encode())
+
+
+def _gpu_peak_bytes() -> int | None:
+    """Most bytes allocated on all GPUs since the last call; None without any."""
+    if not torch.cuda.is_initialized():
+        return None
+    devices = range(torch.cuda.device_count())
+    used = sum(map(torch.cuda.max_memory_allocated, devices))
+    for device in devices:
+        torch.cuda.reset_peak_memory_stats(device)
+    return used

@@ -23,6 +23,8 @@ from stream3r_core.evaluation.trajectory import (
 )
 from stream3r_core.mapping import MapCloud
 
+SCALE_ALIGNMENTS = ('median', 'scale')  # of depth: those by nothing but a scale
+SCALES_APART = 1.5  # ratio that asks for a remark
 ALIGNMENT_NAMES = {'se3': 'SE(3)', 'sim3': 'Sim(3)'}
 
 
@@ -135,6 +137,21 @@ def _add_depth(report: Report, errors: DepthErrors) -> None:
     for field, name in names.items():
         unit = UNITS.get(field, '')
         report.add('depth', name, getattr(errors, field), unit, errors.alignment)
+
+
+def compare_scales(
+    report: Report, trajectory: TrajectoryError | None, depth: DepthErrors | None
+) -> None:
+    """Remark where trajectory and depth are not of one size: the map is placed by the first."""
+    if trajectory is None or depth is None or depth.alignment not in SCALE_ALIGNMENTS:
+        return
+    ratio = trajectory.scale / depth.scale
+    if max(ratio, 1 / ratio) > SCALES_APART:
+        report.remarks.append(
+            f'the trajectory fits the truth at {trajectory.scale:.3g} times its size, depth at '
+            f'{depth.scale:.3g} times: placed by the trajectory, the map is {ratio:.2g} times as '
+            'large as by its depth, and map metrics say so'
+        )
 
 
 def judge_map(

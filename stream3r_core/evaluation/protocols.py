@@ -195,11 +195,16 @@ def co3d_pose(clip: Clip, network: Network) -> Scores:
     chosen = np.random.default_rng(0).choice(len(clip), CO3D_FRAMES, replace=False)
     clip = clip.take(sorted(chosen))
     side = network.image_sizes.co3d_side
-    squashed = (_resized(image, (side, side)) for image in _images(clip))
+    squashed = (_squashed(image, side) for image in _images(clip))
     loader = ImageConfig(long_side=side, fit='crop')
     truth, estimate = _posed(clip, network.predict(squashed, loader))
     auc = relative_pose_auc(truth, estimate)
     return Scores({f'AUC@{threshold}': value for threshold, value in auc.items()})
+
+
+def _squashed(image: np.ndarray, side: int) -> np.ndarray:
+    """The image as a square, like the loader of section 15 bicubic whatever its size."""
+    return np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC))
 
 
 def reconstruction(

@@ -26,6 +26,7 @@ from stream3r_core.evaluation.exports import Camera, write_colmap, write_glb, wr
 from stream3r_core.evaluation.frame_log import FrameLog
 from stream3r_core.evaluation.html import write_html
 from stream3r_core.evaluation.judge import (
+    compare_scales,
     judge_depth,
     judge_map,
     judge_speed,
@@ -276,6 +277,7 @@ def _judge(report, truths, estimate, predicted, collected, config) -> list[pictu
     """Fill the report and return its pictures."""
     ates = judge_trajectories(report, truths, estimate, config)
     depth = judge_depth(report, collected.depth, config)
+    compare_scales(report, ates[0].get('sim3'), depth)
     true_cloud = collected.truth_map.cloud()
     judged_map = judge_map(report, predicted, true_cloud.points_xyz, ates[0].get('sim3'), config)
     judge_speed(report, collected.log, config)

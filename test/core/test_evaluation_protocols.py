@@ -8,6 +8,7 @@ import pytest
 import torch
 from dataset_miniatures import Scene, camera, distance_to_plane_m
 from oracle import CONFIG, room_clip
+from PIL import Image
 
 from stream3r_core.config import ModelConfig, from_dict, to_dict
 from stream3r_core.errors import DataError
@@ -116,6 +117,26 @@ def test_relative_poses_of_the_truth_take_ten_frames_of_a_long_clip(clip, oracle
     auc = protocols.co3d_pose(clip, oracle).numbers
     assert list(auc) == ['AUC@30', 'AUC@15', 'AUC@5', 'AUC@3']
     assert min(auc.values()) > 0.99
+
+
+def test_images_of_relative_poses_are_squashed_bicubically(clip, monkeypatch):
+    shown = []
+
+    class Watched(OracleNetwork):
+        def predict(self, images, image, outputs=('depth',)):
+            shown.extend(images)
+            return super().predict(shown, image, outputs)
+
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (96, 128, 3), np.uint8) for _ in clip.frames]
+    frames = tuple(
+        dataclasses.replace(f, load_image=lambda i=i: i) for f, i in zip(clip.frames, images)
+    )
+    monkeypatch.setattr(protocols, 'CO3D_MIN_LENGTH', 10)
+    noise = dataclasses.replace(clip, frames=frames)
+    protocols.co3d_pose(noise, Watched(noise))
+    square = Image.fromarray(images[0]).resize((56, 56), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(shown[0], np.asarray(square))
 
 
 def test_a_clip_without_true_poses_is_refused(clip, oracle):

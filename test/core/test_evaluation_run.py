@@ -57,6 +57,7 @@ def test_a_known_similarity_gives_the_known_answer(results):
     assert report.value('coverage', 'median') == 1
     how = next(m.alignment for m in report.metrics if m.group == 'map')
     assert how.startswith('Sim(3)') and report.value('accuracy mean', how) < 0.02
+    assert not any('times its size' in remark for remark in report.remarks)
     assert report.value('cache, largest') == 1024 / 2**20  # bytes of the oracle, in MiB
 
 
@@ -126,6 +127,18 @@ def test_no_page_or_report_carries_markup_from_names(clip, tmp_path):
     named = dataclasses.replace(clip.every(3), name='<script>alert(1)</script>')
     evaluate(named, Oracle(clip), tmp_path, QUICK)
     assert '<script>' not in (tmp_path / 'report.html').read_text()
+
+
+def test_a_map_whose_depth_has_another_scale_than_its_path_has_a_remark(clip, tmp_path):
+    frames = tuple(
+        dataclasses.replace(f, load_depth_m=lambda load=f.load_depth_m: load() / 2)
+        for f in clip.frames
+    )
+    flatter = dataclasses.replace(clip, frames=frames)
+    report = evaluate(flatter, Oracle(clip, scale=0.4), tmp_path, QUICK)
+    (remark,) = (r for r in report.remarks if 'times its size' in r)
+    assert 'truth at 2.5 times' in remark and 'depth at 1.25 times' in remark
+    assert 'the map is 2 times as large' in remark
 
 
 def test_map_metrics_recover_the_room(clip, tmp_path):

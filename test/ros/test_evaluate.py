@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -377,7 +378,10 @@ def test_variants_are_compared(bag, tmp_path, capsys):
     assert content['options']['session.window'] == {'one': '1', 'three': '3'}
     assert content['variants']['one']['cache'] < content['variants']['three']['cache']
     assert (tmp_path / 'out/one/report.html').exists()
-    assert 'comparison.html' in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert 'comparison.html' in printed and re.search(
+        r'three: ATE \S+ m, .*, cache \S+ MiB,', printed
+    )
 
 
 @pytest.mark.parametrize(
