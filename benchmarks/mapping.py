@@ -8,6 +8,7 @@ one core.
 """
 
 import argparse
+import dataclasses
 import json
 import time
 import tracemalloc
@@ -15,7 +16,7 @@ import tracemalloc
 import numpy as np
 import torch
 
-from stream3r_core.config import MappingConfig
+from stream3r_core.config import CarvingConfig, MappingConfig
 from stream3r_core.evaluation.conditions import code_version, device_name
 from stream3r_core.image import ImageGeometry
 from stream3r_core.mapping import VoxelMap
@@ -111,8 +112,13 @@ def main():
     rows = {}
     empty = VoxelMap(MappingConfig(max_points=args.max_points, voxel_size=VOXEL_SIZE))
     rows['typical, small map'] = integrate(empty, 0.35, args.frames)
+    options = dataclasses.replace(empty.config, carving=CarvingConfig(enabled=True))
+    rows['typical, small map, carving'] = integrate(VoxelMap(options), 0.35, args.frames)
     full = filled(args.max_points)
     rows['typical, full map'] = integrate(full, 0.35, args.frames)
+    full.config = dataclasses.replace(full.config, carving=options.carving)
+    rows['typical, full map, carving'] = integrate(full, 0.35, args.frames)
+    full.config = dataclasses.replace(full.config, carving=CarvingConfig(enabled=False))
     rows['worst: full map, new places only'] = integrate(full, 10.0, args.frames)
     rows['publish a full map'] = publishing(full)
     for name, row in rows.items():

@@ -340,6 +340,35 @@ class PublishedCacheConfig(CacheConfig):
 
 
 @dataclass(frozen=True)
+class CarvingConfig:
+    """Removal of points that later rays contradict: what moved away, and what was wrong."""
+
+    enabled: bool = option(
+        False,
+        'remove points that later images look through, those of moved things say; with a back end '
+        'in the newest submap',
+        live=True,
+    )
+    max_voxels: int = option(
+        30_000,
+        'voxels examined per image, in turn: the cost does not grow with the map',
+        minimum=1,
+        live=True,
+    )
+    margin: float = option(
+        0.1,
+        'how far in front of what is seen a point must lie to be in the way, as a fraction of '
+        'the depth; more than the error of depths',
+        minimum=0.0,
+        maximum=1.0,
+        live=True,
+    )
+    margin_voxels: float = option(
+        2.0, 'and by how many voxels more', minimum=0.0, maximum=1000.0, live=True
+    )
+
+
+@dataclass(frozen=True)
 class MappingConfig:
     """The accumulated, voxel-hashed point map."""
 
@@ -379,6 +408,44 @@ class MappingConfig:
     )
     max_depth: float = option(
         0.0, 'drop points farther than this, map units; 0 = no limit', minimum=0.0
+    )
+    carving: CarvingConfig = field(default_factory=CarvingConfig)
+
+
+@dataclass(frozen=True)
+class OccupancyConfig:
+    """A 2-D grid from a level map: obstacles, free floor, and what is not known.
+
+    Heights are fractions of the camera's height above the floor, so that they hold whatever the
+    unit of the map is.
+    """
+
+    resolution: float = option(
+        0.0, 'edge of a cell in map units; 0 = three voxels of the map', minimum=0.0
+    )
+    camera_height: float = option(
+        0.0,
+        'height of the camera above the floor in map units; 0 = the floor is found in the map',
+        minimum=0.0,
+    )
+    min_height: float = option(
+        0.15,
+        "obstacles begin here, as a fraction of the camera's height; what is lower is floor",
+        minimum=0.0,
+        maximum=10.0,
+    )
+    max_height: float = option(
+        1.1,
+        "obstacles end here, as a fraction of the camera's height; what is higher is passed under",
+        minimum=0.0,
+        maximum=100.0,
+    )
+    min_points: int = option(2, 'points that make a cell occupied', minimum=1)
+    max_cells: int = option(
+        1_000_000,
+        'cells of the grid; of a larger map the surroundings of the camera are shown',
+        minimum=100,
+        maximum=100_000_000,
     )
 
 

@@ -5,7 +5,7 @@ No ROS in here. The dotted names of the leaves are the names of the ROS paramete
 
 from dataclasses import dataclass, field
 
-from stream3r_core.config import CoreConfig, option
+from stream3r_core.config import CoreConfig, OccupancyConfig, option
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,16 @@ class MapChangesOutputConfig:
 
 
 @dataclass(frozen=True)
+class OccupancyOutputConfig(OccupancyConfig):
+    """A 2-D grid for navigation, made only while somebody listens."""
+
+    enabled: bool = option(False, 'publish this topic', live=True)
+    period_s: float = option(
+        2.0, 'seconds between two messages while the map changes', minimum=0.05, maximum=3600.0
+    )
+
+
+@dataclass(frozen=True)
 class OutputsConfig:
     """What leaves the node beside TF; each topic has its own switch and rate."""
 
@@ -74,6 +84,7 @@ class OutputsConfig:
     cloud: OutputConfig = field(default_factory=OutputConfig)
     map: MapOutputConfig = field(default_factory=MapOutputConfig)
     map_changes: MapChangesOutputConfig = field(default_factory=MapChangesOutputConfig)
+    occupancy_grid: OccupancyOutputConfig = field(default_factory=OccupancyOutputConfig)
 
 
 @dataclass(frozen=True)

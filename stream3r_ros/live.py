@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from stream3r_core.errors import InputError, first_line
+from stream3r_core.errors import InputError, Stream3rError, first_line
 from stream3r_core.evaluation.trajectory import Trajectory
 from stream3r_core.image import prepare
 from stream3r_core.slam import SubmapReconstructor, make_reconstructor
@@ -22,6 +22,7 @@ from stream3r_ros.config import NodeConfig
 from stream3r_ros.conversions import PINHOLE, Lens, image_from_message, stamp_ns
 from stream3r_ros.diagnostics import ReconstructionFigures
 from stream3r_ros.logging_bridge import Throttled
+from stream3r_ros.occupancy import LEVEL_BY_THE_FIRST_IMAGE, map_grid, tan_half_width
 from stream3r_ros.odometry import Sigmas
 from stream3r_ros.placement import Placement
 from stream3r_ros.provenance import Provenance
@@ -68,6 +69,9 @@ class LiveReconstruction:
         self._map_stamp_ns: int | None = None
         self._published_version = self._reconstructor.map.version, 1.0
         self._sent_scale, self._sent_version = 1.0, -1  # of the map, on ~/map_changes
+        self._gridded: tuple[int, float] | None = None  # version and scale of the last grid
+        self._warn_of_grid = Throttled(_log.warning, quiet_s=float('inf'))
+        self._tan_half_width = 0.0  # of the newest image's field of view
         self._is_new = True
         self._scale, self._baseline = ScaleTracker(), BaselineScale()
         self.depth_images = DepthScale(transforms)
@@ -141,6 +145,7 @@ class LiveReconstruction:
             self._recorder.add(prediction.stamp_ns, prediction.T_world_camera.numpy())
         for prediction in predictions:
             self._map_stamp_ns = prediction.stamp_ns
+            self._tan_half_width = tan_half_width(prediction)
             self._find_scale(prediction, self._frame, config)
             carriers = self._placement.carriers(self._frame, prediction.stamp_ns, config)
             sent = self._publishers.publish(prediction, self._frame, config, *carriers, self._lens)
@@ -300,6 +305,34 @@ class LiveReconstruction:
             self._sent_version = self._publishers.publish_map_changes(
                 self._reconstructor.map, self._sent_version, self._map_stamp_ns, max_points
             )
+
+    def publish_occupancy_grid(self, config: NodeConfig) -> None:
+        """Publish the grid of the map unless it is as last time; from any one thread."""
+        outputs, current = self._publishers.outputs, self._reconstructor.map
+        version = current.version, outputs.scale
+        if version == self._gridded or self._map_stamp_ns is None:
+            return
+        if config.map_orientation == 'camera':
+            self._warn_of_grid(LEVEL_BY_THE_FIRST_IMAGE)
+        options, stamp = config.outputs.occupancy_grid, self._map_stamp_ns
+        try:
+            grid = map_grid(outputs, current, self._poses(), self._tan_half_width, options)
+        except Stream3rError as error:
+            self._warn_of_grid(f'no occupancy grid: {error}')
+            return
+        if grid.is_cropped:
+            self._warn_of_grid(
+                f'the map is larger than outputs.occupancy_grid.max_cells {options.max_cells}: '
+                'the grid shows the surroundings of the camera'
+            )
+        self._publishers.publish_occupancy_grid(grid, stamp)
+        self._gridded = version
+
+    def _poses(self) -> np.ndarray:
+        """T_world_camera [n, 4, 4] of the frames of this run, as they lie now."""
+        if isinstance(self._reconstructor, SubmapReconstructor):
+            return self._reconstructor.trajectory()[1]
+        return self._recorder.trajectory().T_world_camera
 
     def _check_stamp(self, message: Any, config: NodeConfig) -> int:
         stamp = stamp_ns(message)

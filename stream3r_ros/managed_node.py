@@ -90,7 +90,9 @@ class Stream3rNode(LifecycleNode):
         self._warn = Throttled(lambda text: self.get_logger().warning(text))
         self._inference: Worker[Incoming] | None = None
         self._live: LiveReconstruction | None = None
-        self._background, self._map_changes = map(self._sender, ('background', 'map changes'))
+        self._background, self._map_changes, self._grids = map(
+            self._sender, ('background', 'map changes', 'occupancy grid')
+        )
         self._log_handler = forward_logging(self)
         self._subscribe()
         self._listen_to_tf()
@@ -162,6 +164,7 @@ class Stream3rNode(LifecycleNode):
         outputs = self.config.outputs
         self.create_timer(outputs.map.period_s, self._request_map, clock=wall)
         self.create_timer(outputs.map_changes.period_s, self._request_map_changes, clock=wall)
+        self.create_timer(outputs.occupancy_grid.period_s, self._request_grid, clock=wall)
 
     # -- lifecycle ----------------------------------------------------------------------------
 
@@ -217,7 +220,7 @@ class Stream3rNode(LifecycleNode):
             wait([self._finish_chunk()], timeout_s)
         workers = [
             worker
-            for worker in (self._background, self._map_changes, self._inference)
+            for worker in (self._background, self._map_changes, self._grids, self._inference)
             if worker is not None
         ]
         have_ended = [worker.stop(max(0.0, end - time.monotonic())) for worker in workers]
@@ -354,6 +357,11 @@ class Stream3rNode(LifecycleNode):
         options = self.config.outputs.map_changes
         if self._live is not None and options.enabled:
             self._map_changes.offer(partial(self._live.publish_map_changes, options.max_points))
+
+    def _request_grid(self) -> None:
+        is_on = self._live is not None and self.config.outputs.occupancy_grid.enabled
+        if is_on and self._results.is_grid_wanted:
+            self._grids.offer(partial(self._live.publish_occupancy_grid, self.config))
 
     def _sender(self, name: str) -> Worker[Callable[[], None]]:
         """Start a thread that builds and sends what is large; what it loses is said."""

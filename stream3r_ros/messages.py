@@ -130,6 +130,29 @@ class MessageFactory:
         header = self.header(stamp_ns, frame_id)
         return self.make('nav_msgs/msg/Path', header=header, poses=list(poses))
 
+    def occupancy_grid(
+        self,
+        values: np.ndarray,  # [rows, columns] int8: -1 unknown, 0 free .. 100 occupied
+        resolution: float,
+        origin_xyz: Sequence[float],  # of the corner of cell [0, 0]
+        stamp_ns: int,
+        frame_id: str,
+    ) -> Any:
+        """Return a nav_msgs/OccupancyGrid; rows of ``values`` go along y."""
+        header, corner = self.header(stamp_ns, frame_id), np.eye(4)
+        corner[:3, 3] = origin_xyz
+        position, orientation = self._rigid('Point', corner)
+        info = self.make(
+            'nav_msgs/msg/MapMetaData',
+            map_load_time=header.stamp,
+            resolution=float(np.float32(resolution)),  # as it arrives
+            width=values.shape[1],
+            height=values.shape[0],
+            origin=self.make('geometry_msgs/msg/Pose', position=position, orientation=orientation),
+        )
+        data = self._sequence(values.ravel())
+        return self.make('nav_msgs/msg/OccupancyGrid', header=header, info=info, data=data)
+
     def float_image(self, values: np.ndarray, stamp_ns: int, frame_id: str) -> Any:
         """Return a 32FC1 sensor_msgs/Image of ``values`` [H, W]; depth: metres, NaN = invalid."""
         return self._image('32FC1', values.astype('<f4', copy=False), stamp_ns, frame_id)

@@ -16,7 +16,7 @@ import torch
 
 from stream3r_core.config import MappingConfig
 from stream3r_core.geometry import matrix_to_quat_xyzw, unproject
-from stream3r_core.mapping import MapChange, MapCloud, MapView
+from stream3r_core.mapping import MapChange, MapCloud, MapView, OccupancyGrid
 from stream3r_core.mapping.filters import reliable_pixels
 from stream3r_core.types import FramePrediction
 from stream3r_core.uncertainty import Uncertainty, mean_confidence, median_depth
@@ -49,6 +49,7 @@ TOPICS = {
     '~/path': Topic('nav_msgs/msg/Path', LATCHED),
     '~/map': Topic('sensor_msgs/msg/PointCloud2', LATCHED),
     '~/map_changes': Topic('sensor_msgs/msg/PointCloud2', Qos(depth=50)),
+    '~/occupancy_grid': Topic('nav_msgs/msg/OccupancyGrid', LATCHED),
 }
 
 
@@ -160,6 +161,12 @@ class Outputs:
         for start in range(0, len(change.voxel_ids), max_points):
             rows = slice(start, start + max_points)
             yield self.messages.voxels(_rows(moved, rows), stamp_ns, self.map_frame)
+
+    def occupancy_grid(self, grid: OccupancyGrid, stamp_ns: int) -> Any:
+        """Return a grid, which lies in the map frame already, as nav_msgs/OccupancyGrid."""
+        return self.messages.occupancy_grid(
+            grid.values, grid.resolution, (*grid.origin_xy, grid.floor_z), stamp_ns, self.map_frame
+        )
 
     def in_map_frame(self, cloud: Points) -> Points:
         """Move a cloud from the world frame into the map frame, for messages and files."""

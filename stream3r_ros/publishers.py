@@ -6,7 +6,7 @@ from rclpy.node import Node
 from rclpy.publisher import Publisher
 from rclpy.qos_overriding_options import QoSOverridingOptions
 
-from stream3r_core.mapping import VoxelMap
+from stream3r_core.mapping import OccupancyGrid, VoxelMap
 from stream3r_core.types import FramePrediction
 from stream3r_ros.config import NodeConfig, OutputConfig
 from stream3r_ros.conversions import PINHOLE, Lens
@@ -29,8 +29,8 @@ class Publishers:
     """Publishes predictions, path and map of one session after the other.
 
     Per-frame topics are built only for subscribers; TF goes out with every frame, and path and
-    map, which late subscribers get too, at their own pace. Only :meth:`publish_map` and
-    :meth:`publish_map_changes` may be called from other threads than the rest.
+    map, which late subscribers get too, at their own pace. Only what publishes the map or the grid
+    may be called from other threads than the rest.
     """
 
     def __init__(self, node: Node, config: NodeConfig):
@@ -108,6 +108,15 @@ class Publishers:
         for message in self.outputs.map_changes(change, stamp_ns, max_points):
             self._send(topic, message)
         return change.version
+
+    @property
+    def is_grid_wanted(self) -> bool:
+        """Whether anybody listens to the occupancy grid."""
+        return self._is_wanted('~/occupancy_grid')
+
+    def publish_occupancy_grid(self, grid: OccupancyGrid, stamp_ns: int) -> None:
+        """Send a grid of the map."""
+        self._send('~/occupancy_grid', self.outputs.occupancy_grid(grid, stamp_ns))
 
     def _is_due(self, name: str, option: OutputConfig, stamp_ns: int) -> bool:
         limit = self._limits.setdefault(name, RateLimit())

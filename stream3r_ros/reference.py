@@ -72,6 +72,11 @@ OUTPUTS = {
         'changed voxels: x y z rgb confidence weight voxel_id_low voxel_id_high; weight 0 = '
         'removed; an empty message = forget all, the whole map follows',
     ),
+    '~/occupancy_grid': (
+        'map',
+        'obstacles 100, free 0, unknown -1, for Nav2; with `outputs.occupancy_grid.enabled`, '
+        'made while somebody listens',
+    ),
 }
 SERVICES = {
     '~/reset': 'a new session with an empty map',

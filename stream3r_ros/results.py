@@ -1,11 +1,13 @@
 """The results of a run over recorded images: trajectory, map and output bag in one folder."""
 
+import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 
+from stream3r_core.errors import DataError
 from stream3r_core.evaluation.trajectory import Trajectory
 from stream3r_core.evaluation.trajectory_files import TumWriter, write_tum
 from stream3r_core.files import write_bytes
@@ -16,6 +18,7 @@ from stream3r_ros.bag import BagWriter
 from stream3r_ros.config import NodeConfig
 from stream3r_ros.conversions import PINHOLE, Lens
 from stream3r_ros.messages import rosbags_messages
+from stream3r_ros.occupancy import map_grid, tan_half_width
 from stream3r_ros.outputs import TOPICS, FrameOutputs, Outputs
 from stream3r_ros.tf import T_map_of_first_camera
 
@@ -25,6 +28,7 @@ NAMESPACE = '/stream3r'  # of the topics that a node of that name publishes
 RECORDED = ('/tf', '~/pose', '~/odometry', '~/depth/image', '~/depth/camera_info', '~/cloud')
 
 
+_log = logging.getLogger(__name__)
 Corrected = Callable[[], tuple[np.ndarray, np.ndarray]]  # stamps_ns [n], T_world_camera [n, 4, 4]
 
 
@@ -54,6 +58,9 @@ class RunBag:
             uncertainty=uncertainty,
         )
         self.last_stamp_ns: int | None = None
+        self._grid_options = config.outputs.occupancy_grid
+        self._poses: list[np.ndarray] = []  # for the grid
+        self._tan_half_width = 0.0
         self._open_files = ExitStack()
 
     def __enter__(self) -> 'RunBag':
@@ -68,6 +75,8 @@ class RunBag:
                     self.outputs.correct(*self.corrected())
                 self._record('~/path', self.outputs.path(stamp_ns), stamp_ns)
                 self._record('~/map', self.outputs.map(self.map.view(), stamp_ns), stamp_ns)
+                if self._grid_options.enabled:
+                    self._record_grid(stamp_ns)
 
     def add(
         self, prediction: FramePrediction, camera_frame: str, lens: Lens = PINHOLE
@@ -77,7 +86,20 @@ class RunBag:
         for topic in RECORDED:
             self._record(topic, frame.message(topic), frame.stamp_ns)
         self.last_stamp_ns = frame.stamp_ns
+        if self._grid_options.enabled:
+            self._poses.append(prediction.T_world_camera.numpy())
+            self._tan_half_width = tan_half_width(prediction)
         return frame
+
+    def _record_grid(self, stamp_ns: int) -> None:
+        poses = np.stack(self._poses) if self.corrected is None else self.corrected()[1]
+        options = self._grid_options
+        try:
+            grid = map_grid(self.outputs, self.map, poses, self._tan_half_width, options)
+        except DataError as error:
+            _log.warning('no occupancy grid: %s', error)
+            return
+        self._record('~/occupancy_grid', self.outputs.occupancy_grid(grid, stamp_ns), stamp_ns)
 
     def _record(self, topic: str, message, stamp_ns: int) -> None:
         self._bag.write(topic.replace('~', NAMESPACE), message, stamp_ns, TOPICS[topic].qos)

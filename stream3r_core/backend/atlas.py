@@ -254,6 +254,15 @@ class Atlas:
         with self.lock:
             return sum(submap.num_points for submap in self.submaps.values())
 
+    @property
+    def voxel_size(self) -> float:
+        """Edge of a voxel of the oldest submap in units of the map; 0: not known."""
+        with self.lock:
+            key = next(iter(self.submaps), None)
+            if key is None:
+                return 0.0
+            return float(sim3.scale_of(self._S_map[key])) * self.submaps[key].voxel_size
+
     def _thin_points(self) -> None:
         surplus = self.num_points - self.config.max_points
         if surplus <= 0:

@@ -29,6 +29,11 @@ class AtlasMap:
         """Counts the changes of points and places."""
         return self._atlas.version
 
+    @property
+    def voxel_size(self) -> float | None:
+        """Edge of a voxel of the oldest submap in units of the map; None until it is known."""
+        return self._atlas.voxel_size or None
+
     def points(self) -> MapCloud:
         """Return a copy of all points."""
         return self._atlas.cloud()

@@ -97,11 +97,11 @@ class Submap:
         self._frames.append((view.frame_id, stamp, view.T_submap_camera))
         if not prediction.still:
             self._voxels.integrate(prediction)
+            self.voxel_size = self._voxels.voxel_size or 0.0
 
     def close(self) -> None:
         """Keep the points, give back the memory reserved for more."""
-        self._cloud, self.voxel_size = self._voxels.points(), self._voxels.voxel_size or 0.0
-        self._voxels = None
+        self._cloud, self._voxels = self._voxels.points(), None
 
     def restore(self, frames, cloud: MapCloud, voxel_size: float) -> None:
         """Fill a closed submap: frames (frame_id, stamp_ns, pose [4, 4]) and points."""

@@ -7,6 +7,7 @@ CELL_LIMIT = 1 << (_BITS - 1)  # cells lie in (-limit, limit): 10 km at voxels o
 _MIX_1 = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no key is lost; the golden ratio
 _MIX_2 = np.uint64(0xBF58476D1CE4E5B9)
 _NONE = -1
+NO_KEY = -1  # of a slot that was freed
 
 
 def pack_cells(cells: np.ndarray) -> np.ndarray:
@@ -88,7 +89,7 @@ class VoxelIndex:
     def remove(self, slots: np.ndarray) -> None:
         """Free used slots [N]."""
         bucket = _bucket(self.keys.take(slots), self._bits)  # with repetitions, which do no harm
-        self.keys[slots] = _NONE
+        self.keys[slots] = NO_KEY
         self._drop_dead_heads(bucket)
         at = self._head.take(bucket)
         at = at.compress(at != _NONE)
@@ -96,13 +97,13 @@ class VoxelIndex:
             after = self._next.take(at)
             goes_on = after != _NONE
             at, after = at.compress(goes_on), after.compress(goes_on)
-            is_dead = self.keys.take(after) == _NONE
+            is_dead = self.keys.take(after) == NO_KEY
             self._next[at.compress(is_dead)] = self._next.take(after.compress(is_dead))
             at = np.where(is_dead, at, after)
 
     def _drop_dead_heads(self, bucket: np.ndarray) -> None:
         while bucket.size:
             head = self._head.take(bucket)
-            is_dead = (head != _NONE) & (self.keys.take(head) == _NONE)
+            is_dead = (head != _NONE) & (self.keys.take(head) == NO_KEY)
             bucket = bucket.compress(is_dead)
             self._head[bucket] = self._next.take(head.compress(is_dead))

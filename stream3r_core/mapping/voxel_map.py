@@ -13,9 +13,16 @@ from torch import Tensor
 from stream3r_core.config import MappingConfig
 from stream3r_core.errors import InputError
 from stream3r_core.geometry import unproject_to_world
+from stream3r_core.mapping.carving import FreeSpace, Sight
 from stream3r_core.mapping.cloud import BLOCK_POINTS, MapCloud
 from stream3r_core.mapping.filters import reliable_pixels
-from stream3r_core.mapping.voxel_index import CELL_LIMIT, VoxelIndex, group_keys, pack_cells
+from stream3r_core.mapping.voxel_index import (
+    CELL_LIMIT,
+    NO_KEY,
+    VoxelIndex,
+    group_keys,
+    pack_cells,
+)
 from stream3r_core.types import FramePrediction
 
 # Weights are confidences. One frame counts at most 20 and a voxel at most 200: a very sure frame
@@ -56,8 +63,8 @@ class VoxelRows(NamedTuple):
 class MapView:
     """The points of a map, to be read block by block without a copy of the whole.
 
-    ``len`` is fixed when the view is made. What is integrated meanwhile may show in later blocks;
-    after a :meth:`VoxelMap.clear` the view still gives what was there.
+    ``len`` is fixed when the view is made. What is integrated meanwhile may show in later blocks.
+    What is carved away meanwhile stays, and so does everything after a :meth:`VoxelMap.clear`.
     """
 
     def __init__(self, state: np.ndarray, lock: Lock):
@@ -82,7 +89,8 @@ class VoxelMap:
 
     When the budget is spent, room is made by a hand that sweeps over the voxels in turn and
     removes the quarter with the least weight of those that it passes, never one that the current
-    frame has seen.
+    frame has seen. With ``carving`` another hand passes over a bounded number of voxels per frame:
+    those that the frame looks through lose the confidence of its rays, and go when none is left.
 
     ``config`` may be replaced while running; ``voxel_size``, ``voxel_fraction`` and ``max_points``
     are read by the constructor and by :meth:`clear`.
@@ -101,8 +109,8 @@ class VoxelMap:
         self._index = VoxelIndex(self._max_points)
         self._state = np.zeros((self._max_points, 8), np.float32)  # a voxel is half a cache line
         self._changed = np.zeros(self._max_points, np.int64)  # version of the last change
-        self._num_points = 0
-        self._hand = 0
+        self._num_points = self._num_rows = 0
+        self._hand = self._carver = 0
         self._removed: deque[tuple[int, np.ndarray]] = deque()  # (version, voxel ids)
         self._num_removed = 0
         self._oldest_version = self._version  # before it, what was removed is no longer known
@@ -115,7 +123,7 @@ class VoxelMap:
     @property
     def num_rows(self) -> int:
         """Rows in use so far, see :class:`VoxelRows`."""
-        return self._num_points
+        return self._num_rows
 
     @property
     def share_taken(self) -> float:
@@ -157,11 +165,19 @@ class VoxelMap:
             if not self._voxel_size and pixels.size:
                 median = float(np.median(depth.ravel()[pixels]))
                 self._voxel_size = self.config.voxel_fraction * median
+            version = self._version
             self._integrate(
                 points.reshape(-1, 3).T.take(pixels, 1),
                 _array(prediction.rgb).reshape(-1, 3).take(pixels, 0).T,
                 confidence.ravel().take(pixels),
             )
+            if self.config.carving.enabled and self._version != version:
+                self._carve(
+                    Sight(
+                        _array(prediction.T_world_camera), _array(prediction.K),
+                        np.where(in_image, depth, np.float32(0)), confidence, reliable,
+                    )
+                )  # fmt: skip
 
     def _measured(self, prediction: FramePrediction) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """World points [H, W, 3], depth [H, W] and confidence [H, W] of the configured source."""
@@ -258,6 +274,7 @@ class VoxelMap:
         slots = np.arange(self._num_points, self._num_points + fresh)
         self._changed[slots] = self._version
         self._num_points += fresh
+        self._num_rows = max(self._num_rows, self._num_points)
         if fresh == count:
             return slots
         return np.concatenate([slots, self._evict(count - fresh)])
@@ -286,6 +303,40 @@ class VoxelMap:
             return column[self._hand : end]
         return np.concatenate((column[self._hand :], column[: end - self._max_points]))
 
+    def _carve(self, sight: Sight) -> None:
+        """Weaken voxels that the frame looks through and has not seen; remove spent ones."""
+        options = self.config.carving
+        first = self._carver
+        end = min(first + options.max_voxels, self._num_points)
+        self._carver = end if end < self._num_points else 0
+        rows, confidence = FreeSpace(sight).contradicted(
+            self._state[first:end, _XYZ], options.margin, options.margin_voxels * self._voxel_size
+        )
+        slots = first + rows
+        unseen = np.flatnonzero(self._changed.take(slots) != self._version)
+        slots = slots.take(unseen)
+        self._state[slots, _WEIGHT] -= np.minimum(confidence.take(unseen), MAX_OBSERVATION_WEIGHT)
+        self._changed[slots] = self._version
+        spent = slots.compress(self._state[slots, _WEIGHT] <= 0)
+        if spent.size:
+            self._remove(spent)
+
+    def _remove(self, slots: np.ndarray) -> None:
+        """Remove voxels [N]; the last ones of the state move into their slots."""
+        self._log_removed(self._index.keys[slots])
+        self._index.remove(slots)
+        kept = self._num_points - len(slots)
+        holes, tail = slots[slots < kept], np.arange(kept, self._num_points)
+        movers = tail[self._index.keys[tail] != NO_KEY]
+        keys = self._index.keys[movers]
+        self._index.remove(movers)
+        self._index.insert(keys, holes)
+        self._state[holes] = self._state[movers]
+        self._state[tail, _WEIGHT] = 0  # says to readers of rows that nothing is there any more
+        self._changed[holes] = self._changed[tail] = self._version
+        self._num_points = kept
+        self._carver = min(self._carver, kept)
+
     def _log_removed(self, voxel_ids: np.ndarray) -> None:
         self._removed.append((self._version, voxel_ids))
         self._num_removed += len(voxel_ids)
@@ -302,7 +353,7 @@ class VoxelMap:
     def rows_since(self, version: int) -> VoxelRows:
         """Return the rows changed after ``version``; -1: all that were ever in use."""
         with self._lock:
-            rows = np.flatnonzero(self._changed[: self._num_points] > version)
+            rows = np.flatnonzero(self._changed[: self._num_rows] > version)
             state = self._state[rows]
         cloud = MapCloud(state[:, _XYZ], _colors(state), state[:, _CONFIDENCE])
         return VoxelRows(rows, cloud, state[:, _WEIGHT])
