@@ -28,6 +28,11 @@ BACKEND = {
     'mapping.voxel_size': 0.5,
     'mapping.edge_ratio': 0.0,
 }
+GRID = {
+    'outputs.occupancy_grid.enabled': True,
+    'outputs.occupancy_grid.camera_height': 2.0,
+    'outputs.occupancy_grid.resolution': 0.5,
+}
 # The shipped node, but for the network: that of a simulated front end along a walk.
 SCRIPTED_NODE = f"""
 import sys
@@ -73,6 +78,18 @@ def matrix_of_pose(pose):
     return T
 
 
+def assert_grid_shows_walls_of(grid, points_xyz):
+    """Cells are occupied where the map of the end has points in the band of heights."""
+    corner = grid.info.origin.position
+    heights = (points_xyz[:, 2] - corner.z) / 2.0
+    band = points_xyz[(heights > 0.15) & (heights < 1.1), :2]
+    columns, rows = np.floor((band - [corner.x, corner.y]) / 0.5).astype(int).T
+    counts = np.zeros((grid.info.height, grid.info.width), int)
+    np.add.at(counts, (rows, columns), 1)
+    occupied = np.reshape(grid.data, counts.shape) == 100
+    assert occupied.sum() > 20 and ((counts >= 2) == occupied).mean() > 0.995
+
+
 def test_a_replay_writes_where_all_frames_lie_at_the_end(walk, tmp_path, monkeypatch):
     count = len(walk.stamps_ns)
     with BagWriter(tmp_path / 'bag') as bag:
@@ -82,7 +99,8 @@ def test_a_replay_writes_where_all_frames_lie_at_the_end(walk, tmp_path, monkeyp
     monkeypatch.setattr(
         'stream3r_ros.replay.load_configured_model', lambda options: ScriptedNetwork(front_end)
     )
-    options = [word for name, value in BACKEND.items() for word in ('--set', f'{name}={value}')]
+    asked = BACKEND | GRID
+    options = [word for name, value in asked.items() for word in ('--set', f'{name}={value}')]
     out = tmp_path / 'out'
     summary = replay(out, tmp_path / 'bag', *options)
     assert summary['images_out'] == count and summary['backend']['loops_verified'] > 3
@@ -100,6 +118,8 @@ def test_a_replay_writes_where_all_frames_lie_at_the_end(walk, tmp_path, monkeyp
     assert seen == stamps  # each once: what was said of the past is not said otherwise
     cloud = load_ply(out / 'map.ply')
     assert len(cloud) == summary['map_points'] == messages['/stream3r/map'][-1].width
+    (grid,) = messages['/stream3r/occupancy_grid']
+    assert_grid_shows_walls_of(grid, cloud.points_xyz)
     again = replay(tmp_path / 'more', tmp_path / 'bag', *options,
                    '--set', f'backend.load={out}/map.safetensors')  # fmt: skip
     assert again['backend']['submaps'] > summary['backend']['submaps']
