@@ -8,6 +8,7 @@ import pytest
 
 from stream3r_ros.environment import prepare_environment, private_graph
 
+END_S = 30  # from SIGTERM to SIGKILL
 CHILD_DEADLINE_S = 300  # for what takes seconds on an idle machine
 
 
@@ -23,7 +24,11 @@ def graph(monkeypatch):
 
 @pytest.fixture
 def spawn(graph):
-    """Start Python processes on the graph; whatever still runs at the end is killed and reaped."""
+    """Start Python processes on the graph; whatever still runs at the end is ended and reaped.
+
+    Not by SIGKILL where that can be: Fast DDS 2 may give shared memory of a killed process to
+    participants of other tests and sessions, which then hear nothing (its issues 5469 and 6117).
+    """
     children = []
 
     def start(*arguments, **options):
@@ -33,8 +38,13 @@ def spawn(graph):
 
     yield start
     for child in children:
-        child.kill()
-        child.communicate(timeout=CHILD_DEADLINE_S)
+        child.terminate()
+    for child in children:
+        try:
+            child.communicate(timeout=END_S)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.communicate(timeout=CHILD_DEADLINE_S)
 
 
 @pytest.fixture
