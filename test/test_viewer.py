@@ -64,7 +64,7 @@ def serve():
     yield start
     for child in children:
         child.send_signal(2)
-        assert child.wait(30) == 0
+        assert child.wait(120) == 0
 
 
 def test_results_appear_in_a_browser(look, serve, tmp_path):
