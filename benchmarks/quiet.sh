@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The figures of RESULTS.md on a quiet machine, in about 7 minutes on two cores:
+# The figures of RESULTS.md on a quiet machine, in about 8 minutes on two cores:
 #   benchmarks/quiet.sh [FOLDER]        (default: benchmarks/results)
 # Needs an environment with the package and ROS 2; one failed step does not stop the others.
 set -u
@@ -23,7 +23,7 @@ step() {
 
 step tiny_64x48 $python -m stream3r_ros benchmark --repeats 1 --output "$out/tiny_64x48.json"
 step tiny_112x88 $python -m stream3r_ros benchmark --size 112x88 --modes window stac \
-  --frames 1 20 100 --repeats 1 --output "$out/tiny_112x88.json"
+  --frames 1 20 100 --chunks 1 4 --repeats 1 --output "$out/tiny_112x88.json"
 step naive_64x48 $python benchmarks/naive.py --repeats 2 --output "$out/naive_64x48.json"
 step naive_112x88 $python benchmarks/naive.py --size 112x88 --repeats 1 \
   --output "$out/naive_112x88.json"

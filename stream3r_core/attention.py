@@ -1,5 +1,6 @@
 """One entry to attention: the backend is chosen here, nowhere else."""
 
+import torch
 from torch import Tensor
 
 from stream3r_core.kernels import quantized, registry, triton_support
@@ -39,3 +40,21 @@ def attend_with_column_sums(
     """
     backend = registry.choose(registry.Request.of(q, k, bias, column_sums=True))
     return backend.run(q, k, v, bias, query_fraction)
+
+
+def has_fused_rotation(x: Tensor) -> bool:
+    """Return whether :func:`fused_rotation` serves: on a GPU with Triton, without gradients."""
+    return (
+        x.device.type == 'cuda'
+        and not torch.is_grad_enabled()
+        and triton_support.unavailable(x.dtype) is None
+    )
+
+
+def fused_rotation(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, cos: Tensor, sin: Tensor
+) -> Tensor:
+    """Normalise and turn queries or keys [B, heads, N, D] in one pass (unproven: no GPU)."""
+    from stream3r_core.kernels import triton_rotary
+
+    return triton_rotary.normalise_and_rotate(x, weight, bias, eps, cos, sin)

@@ -193,6 +193,8 @@ class StreamSession:
     @torch.inference_mode()
     def _process(self, frames: Tensor) -> tuple[dict[str, Tensor], list[bool]]:
         """Run frames [n, 3, H, W] through network and caches; say which were still."""
+        if self.model.device.type == 'cuda' and frames.device.type == 'cpu':
+            frames = frames.pin_memory()  # or the copy would wait (unproven: no GPU)
         images = frames.to(self.model.device, non_blocking=True)[None]
         try:
             self.cache.begin(len(frames))

@@ -3,6 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from stream3r_core.image import ImageGeometry
@@ -30,13 +31,14 @@ class FramePrediction:
     still: bool = False  # no parallax since an earlier frame: left out of cache and map
 
     def to(self, device) -> 'FramePrediction':
-        """Return the prediction with every tensor on ``device``."""
-        moved = {
-            f.name: value.to(device)
+        """Return the prediction with every tensor on ``device``, ready to be read."""
+        tensors = {
+            f.name: value
             for f in dataclasses.fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
         }
-        return dataclasses.replace(self, **moved)
+        moves = _to_host if torch.device(device).type == 'cpu' else _to_device
+        return dataclasses.replace(self, **moves(tensors, device))
 
     def at_camera_resolution(self) -> 'FramePrediction':
         """Return the prediction resampled to the camera's own pixels, NaN outside a crop.
@@ -57,3 +59,21 @@ class FramePrediction:
             else sample(self.world_points_conf),
             geometry=self.geometry.identity(),
         )
+
+
+def _to_device(tensors: dict[str, Tensor], device) -> dict[str, Tensor]:
+    return {name: x.to(device) for name, x in tensors.items()}
+
+
+def _to_host(tensors: dict[str, Tensor], device) -> dict[str, Tensor]:
+    """Copy what lies on a GPU into pinned memory, all of it behind one wait (unproven: no GPU)."""
+    on_gpu = {name: x for name, x in tensors.items() if x.device.type == 'cuda'}
+    if not on_gpu:
+        return _to_device(tensors, device)
+    copies = {
+        name: torch.empty_like(x, device='cpu', pin_memory=True).copy_(x, non_blocking=True)
+        for name, x in on_gpu.items()
+    }
+    for gpu in {x.device for x in on_gpu.values()}:
+        torch.cuda.current_stream(gpu).synchronize()
+    return tensors | copies

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn, ones
 
-from stream3r_core.attention import attend
+from stream3r_core.attention import attend, fused_rotation, has_fused_rotation
 from stream3r_core.model.rope import RotaryTables, rotate
 
 #: Maps q, k, v [B, heads, N, head_dim] of the present tokens to attended values of the same shape.
@@ -37,9 +37,15 @@ class Attention(nn.Module):
         qkv = self.qkv(x.to(self.qkv.weight.dtype)).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, N, head_dim] each
         if rotary is not None:
-            q = rotate(self.q_norm(q.float()), rotary).to(v.dtype)
-            k = rotate(self.k_norm(k.float()), rotary).to(v.dtype)
+            q, k = self.turned(q, self.q_norm, rotary), self.turned(k, self.k_norm, rotary)
         return self.proj(attention(q, k, v).transpose(1, 2).flatten(2))
+
+    @staticmethod
+    def turned(x: Tensor, norm: nn.LayerNorm, rotary: RotaryTables) -> Tensor:
+        """Normalise and turn queries or keys [B, heads, N, head_dim], in float32 inside."""
+        if has_fused_rotation(x):
+            return fused_rotation(x, norm.weight, norm.bias, norm.eps, *rotary)
+        return rotate(norm(x.float()), rotary).to(x.dtype)
 
 
 class Mlp(nn.Module):
