@@ -115,6 +115,22 @@ def test_the_rerun_recording_is_written(tmp_path):
     assert (tmp_path / 'run.rrd').read_bytes()[:4] == b'RRF2'
 
 
+def test_a_reader_of_the_rerun_recording_finds_cameras_and_map_where_they_are(tmp_path):
+    chunk = pytest.importorskip('rerun.chunk', reason='needs a rerun-sdk that reads recordings')
+    write_rerun(tmp_path / 'run.rrd', views(), cloud())
+    found = {}
+    for part in chunk.RrdReader(tmp_path / 'run.rrd').stream():
+        batch = part.to_record_batch()
+        found |= {f'{part.entity_path} {n}': batch[n].to_pylist() for n in batch.schema.names}
+    for index, camera in enumerate(views()):
+        columns = np.reshape(found['/world/camera Transform3D:mat3x3'][index], (3, 3))
+        position = found['/world/camera Transform3D:translation'][index][0]
+        np.testing.assert_allclose(columns.T, camera.T_world_camera[:3, :3], atol=1e-6)
+        np.testing.assert_allclose(position, camera.T_world_camera[:3, 3], rtol=1e-6)
+    (points,) = found['/world/map Points3D:positions']
+    np.testing.assert_array_equal(np.array(points, np.float32), cloud().points_xyz)
+
+
 @pytest.mark.parametrize('package, write', [('trimesh', write_glb), ('rerun', write_rerun)])
 def test_a_missing_package_is_named_with_its_remedy(tmp_path, monkeypatch, package, write):
     monkeypatch.setitem(sys.modules, package, None)
