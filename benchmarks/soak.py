@@ -6,9 +6,13 @@ The node runs in a process of its own; this process is its camera, over DDS, and
 camera sends 10 images a second, with pauses, bursts of 60 Hz and changes of the resolution at
 random times (``--seed``). Every image must be processed once, dropped for a reason, or lost on
 the way: published = received + lost, received = processed + dropped. Memory and latency are fitted
-with a line over the second half of the run: before, map, caches and allocator fill up. The exit
-code is 1 when something does not add up, the node fails or its memory grows faster than
---max-slope.
+with a line, from --settling seconds on: before, caches and allocator fill up.
+
+Judged is the memory that the node itself takes: anonymous and shared. Pages of files, mostly code
+of libraries, come and go as the system likes; they are reported beside it. The map, which has a
+budget of its own, empties with each change of the resolution and fills again: the fit has a term
+for its points besides the one for frames. The exit code is 1 when something does not add up, the
+node fails or its memory grows faster than --max-slope.
 """
 
 import argparse
@@ -89,6 +93,16 @@ class Views:
         return self._resized[key]
 
 
+def memory_mb(pid: int) -> dict[str, float]:
+    """Resident memory of a process: its own, shared with others, and pages of files."""
+    kinds = {'anonymous_mb': 'RssAnon', 'shared_mb': 'RssShmem', 'files_mb': 'RssFile'}
+    lines = Path(f'/proc/{pid}/status').read_text().splitlines()
+    values = dict(line.split(':', 1) for line in lines)
+    if 'RssAnon' not in values:
+        raise psutil.ZombieProcess(pid)
+    return {name: int(values[kind].split()[0]) * 1024 / 1e6 for name, kind in kinds.items()}
+
+
 class Observer:
     """Samples the figures of /diagnostics with the memory and processor time of the node."""
 
@@ -116,7 +130,7 @@ class Observer:
                 cpu = self._process.cpu_times()
                 self.samples.append({
                     'time_s': time.monotonic() - self._start_s,
-                    'rss_mb': self._process.memory_info().rss / 1e6,
+                    **memory_mb(self._process.pid),
                     'cpu_s': cpu.user + cpu.system,
                     'threads': self._process.num_threads(),
                     'files': self._process.num_fds(),
@@ -125,7 +139,7 @@ class Observer:
                     'latency_p50_ms': float(figures['latency_p50_ms']),
                     'latency_p95_ms': float(figures['latency_p95_ms']),
                 })  # fmt: skip
-        except psutil.NoSuchProcess:
+        except (psutil.NoSuchProcess, FileNotFoundError):
             pass  # the camera notices, and says so
 
     def figure(self, name: str) -> int:
@@ -203,41 +217,50 @@ def account(counts: Counter, observer: Observer) -> dict:
     }
 
 
-def trends(samples: list[dict]) -> dict:
-    """Lines through what should be level, over the second half of the run."""
-    table = {name: np.array([s[name] for s in samples]) for name in samples[0]}
-    late = table['time_s'] > table['time_s'][-1] / 2
-    hours, frames = table['time_s'][late] / 3600, table['processed'][late]
+def trends(samples: list[dict], settling_s: float) -> dict:
+    """Lines through what should be level, once the node has settled."""
+    table = {name: np.array([s[name] for s in samples], float) for name in samples[0]}
+    table['own_mb'] = table['anonymous_mb'] + table['shared_mb']
+    late = {name: values[table['time_s'] > settling_s] for name, values in table.items()}
+    hours, frames, points = late['time_s'] / 3600, late['processed'], late['map_points']
     third = max(1, len(hours) // 3)
 
-    def per(x, name):
-        return float(np.polyfit(x - x.mean(), table[name][late], 1)[0])
+    def per(name, *over):
+        """Return the slopes of what is fitted over these quantities together."""
+        design = np.stack([*over, np.ones(len(hours))], 1)
+        return np.linalg.lstsq(design, late[name], rcond=None)[0].tolist()
 
     def ends(values):
         return [float(np.median(values[:third])), float(np.median(values[-third:]))]
 
-    cpu_ms = 1e3 * np.diff(table['cpu_s'][late]) / np.maximum(np.diff(frames), 1)
+    cpu_ms = 1e3 * np.diff(late['cpu_s']) / np.maximum(np.diff(frames), 1)
+    per_frame, per_point, _ = per('own_mb', frames, points)
     return {
-        'rss_mb': {
-            'first': float(table['rss_mb'][0]),
-            'half_time': float(table['rss_mb'][late][0]),
-            'last': float(table['rss_mb'][-1]),
-            'max': float(table['rss_mb'].max()),
+        'memory': {
+            name: {
+                'first': float(table[name][0]),
+                'settled': ends(late[name]),
+                'max': float(table[name].max()),
+                'per_1000_frames': 1000 * per(name, frames, points)[0],
+            }
+            for name in ('own_mb', 'anonymous_mb', 'shared_mb', 'files_mb')
         },
-        'rss_mb_per_1000_frames': 1000 * per(frames, 'rss_mb'),
-        'rss_mb_per_hour': per(hours, 'rss_mb'),
-        'threads': ends(table['threads'][late]),
-        'open_files': ends(table['files'][late]),
-        'latency_p50_ms': ends(table['latency_p50_ms'][late]),
-        'latency_p50_ms_per_hour': per(hours, 'latency_p50_ms'),
-        'latency_p95_ms': ends(table['latency_p95_ms'][late]),
+        'own_mb_per_1000_frames': 1000 * per_frame,
+        'own_mb_per_1000_map_points': 1000 * per_point,
+        'own_mb_per_hour': per('own_mb', hours, points)[0],
+        'threads': ends(late['threads']),
+        'open_files': ends(late['files']),
+        'latency_p50_ms': ends(late['latency_p50_ms']),
+        'latency_p50_ms_per_hour': per('latency_p50_ms', hours)[0],
+        'latency_p95_ms': ends(late['latency_p95_ms']),
+        'latency_p95_ms_per_hour': per('latency_p95_ms', hours)[0],
         'processor_ms_per_frame': ends(cpu_ms),
     }
 
 
 def problems(result: dict, log: str, max_slope: float) -> list[str]:
     """What makes the run a failure."""
-    images, slope = result['images'], result['trends']['rss_mb_per_1000_frames']
+    images, slope = result['images'], result['trends']['own_mb_per_1000_frames']
     checks = {
         'images are not accounted for': images['unaccounted'] or images['lost_on_the_way'] < 0,
         'not one transform per processed image': images['transforms'] != images['processed'],
@@ -282,7 +305,7 @@ def run(arguments) -> dict:
         'events': {k: n for k, n in counts.items() if k and k != 'published'},
         'images': account(counts, observer),
         'restarts': {k: v for k, v in observer.figures.items() if k.startswith('restarts')},
-        'trends': trends(observer.samples),
+        'trends': trends(observer.samples, arguments.settling),
         'exit_code': exit_code,
         'end_s': ended_s,
         'samples': observer.samples[:: max(1, len(observer.samples) // 200)],
@@ -293,7 +316,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--duration', type=float, default=600.0, metavar='S')
     parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--max-slope', type=float, default=10.0, metavar='MB_PER_1000_FRAMES')
+    parser.add_argument('--settling', type=float, default=180.0, metavar='S')
+    parser.add_argument('--max-slope', type=float, default=1.0, metavar='MB_PER_1000_FRAMES')
     parser.add_argument('--set', nargs='*', default=[], metavar='PARAMETER=VALUE')
     parser.add_argument('--log', default='soak_node.log', help='what the node says')
     parser.add_argument('--output', default='', metavar='JSON')

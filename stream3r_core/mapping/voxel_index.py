@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from stream3r_core.mapping.pages import zero_pages
+
 _BITS = 21  # of a key per axis
 CELL_LIMIT = 1 << (_BITS - 1)  # cells lie in (-limit, limit): 10 km at voxels of 1 cm
 _MIX_1 = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no key is lost; the golden ratio
@@ -59,9 +61,10 @@ class VoxelIndex:
 
     def __init__(self, capacity: int):
         self._bits = max(capacity - 1, 1).bit_length()
-        self._head = np.full(1 << self._bits, _NONE, np.int32)  # first slot of each bucket
-        self._next = np.zeros(capacity, np.int32)  # next slot of the same bucket
-        self.keys = np.zeros(capacity, np.int64)  # of the slots in use
+        self._head = zero_pages((1 << self._bits,), np.int32)  # first slot of each bucket
+        self._head.fill(_NONE)
+        self._next = zero_pages((capacity,), np.int32)  # next slot of the same bucket
+        self.keys = zero_pages((capacity,), np.int64)  # of the slots in use
 
     def find(self, keys: np.ndarray) -> np.ndarray:
         """Slots [N] of keys [N], -1 where absent."""

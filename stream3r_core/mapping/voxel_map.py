@@ -16,6 +16,7 @@ from stream3r_core.geometry import unproject_to_world
 from stream3r_core.mapping.carving import FreeSpace, Sight
 from stream3r_core.mapping.cloud import BLOCK_POINTS, MapCloud
 from stream3r_core.mapping.filters import reliable_pixels
+from stream3r_core.mapping.pages import zero_pages
 from stream3r_core.mapping.voxel_index import (
     CELL_LIMIT,
     NO_KEY,
@@ -107,8 +108,8 @@ class VoxelMap:
         self._max_points = self.config.max_points
         self._voxel_size = self.config.voxel_size
         self._index = VoxelIndex(self._max_points)
-        self._state = np.zeros((self._max_points, 8), np.float32)  # a voxel is half a cache line
-        self._changed = np.zeros(self._max_points, np.int64)  # version of the last change
+        self._state = zero_pages((self._max_points, 8), np.float32)  # a voxel: half a cache line
+        self._changed = zero_pages((self._max_points,), np.int64)  # version of the last change
         self._num_points = self._num_rows = 0
         self._hand = self._carver = 0
         self._removed: deque[tuple[int, np.ndarray]] = deque()  # (version, voxel ids)

@@ -1,7 +1,9 @@
 import dataclasses
 import itertools
+import os
 import threading
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -171,6 +173,29 @@ def test_a_long_walk_stays_within_the_budget_and_in_the_same_memory():
     # What is left lies on the walls of the visited rooms, mostly of the last ones.
     assert (cloud.points_xyz[:, 1] > LOW[1] - 1e-3).all()
     assert np.median(cloud.points_xyz[:, 0]) > shift - 25
+
+
+def anonymous_bytes():
+    """Resident memory of this process that is no part of a file."""
+    resident, shared = map(int, Path('/proc/self/statm').read_text().split()[1:3])
+    return (resident - shared) * os.sysconf('SC_PAGE_SIZE')
+
+
+def test_a_map_that_is_cleared_gives_its_memory_back_every_time():
+    voxel_map = VoxelMap(dataclasses.replace(EVERYTHING, max_points=400_000))
+    cells = np.stack(np.unravel_index(np.arange(400_000), (100, 100, 40)), 1)
+    parts = np.split((0.1 * cells + 0.05).astype(np.float32), 40)
+    colors, sure = np.zeros((10_000, 3), np.uint8), np.ones(10_000, np.float32)
+    voxel_map.integrate_points(parts[0], colors, sure)
+    voxel_map.clear()
+    empty = anonymous_bytes()
+    for _ in range(3):  # as with new sessions of a node: the C library learns from what is freed
+        for points in parts:
+            voxel_map.integrate_points(points, colors, sure)
+        full = anonymous_bytes()
+        voxel_map.clear()
+    assert full > empty + 15e6
+    assert anonymous_bytes() < empty + 5e6
 
 
 def test_a_full_map_removes_the_weak_and_keeps_what_the_frame_sees():
