@@ -2,6 +2,7 @@
 
 import signal
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -9,9 +10,12 @@ import pytest
 from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState
 from node_harness import DEADLINE_S, stamp
+from rclpy.executors import SingleThreadedExecutor
+from rclpy.task import Future
 
 from stream3r_core.evaluation.trajectory_files import read_trajectory
 from stream3r_core.mapping import load_ply
+from stream3r_ros.node import spin_until
 
 pytestmark = pytest.mark.ros
 END_S = 3.0  # from the signal to the end of the process, on an idle machine
@@ -152,3 +156,31 @@ def test_a_parameter_file_for_another_node_is_noticed(live, tmp_path):
     file.write_text('someone_else:\n  ros__parameters: {map_frame: world}\n')
     live.start_bare('--params-file', str(file))
     live.wait_until(lambda: f'{file}: nothing in it is for /stream3r' in live.log)
+
+
+def test_serving_callbacks_leaves_nothing_on_the_future_that_ends_it(node, ros):
+    executor, ended, held = SingleThreadedExecutor(context=ros), Future(), []
+
+    def tick():
+        held.append(len(ended._callbacks))
+        if len(held) == 100:
+            ended.set_result(0)
+
+    node.create_timer(1e-4, tick)
+    executor.add_node(node)
+    spin_until(executor, ended)
+    assert len(held) == 100 and held[-1] == held[0]
+    executor.shutdown()
+
+
+def test_serving_ends_at_once_when_another_thread_ends_it_and_nothing_else_happens(node, ros):
+    executor, ended, is_serving = SingleThreadedExecutor(context=ros), Future(), threading.Event()
+    executor.add_node(node)
+    executor.create_task(is_serving.set)
+    serving = threading.Thread(target=spin_until, args=(executor, ended), daemon=True)
+    serving.start()
+    assert is_serving.wait(timeout=30)
+    ended.set_result(0)
+    serving.join(timeout=30)
+    assert not serving.is_alive()
+    executor.shutdown()
