@@ -5,8 +5,8 @@ Run:  python benchmarks/soak.py --duration 600 --output soak.json     (2 hours: 
 The node runs in a process of its own; this process is its camera, over DDS, and its observer. The
 camera sends 10 images a second, with pauses, bursts of 60 Hz and changes of the resolution at
 random times (``--seed``). Every image must be processed once, dropped for a reason, or lost on
-the way: published = received + lost, received = processed + dropped. Memory and latency are fitted
-with a line, from --settling seconds on: before, caches and allocator fill up.
+the way: published = received + lost, received = processed + dropped. Lines are fitted to memory
+and latency from --settling seconds after the first image on: before, caches and allocator fill.
 
 Judged is the memory that the node itself takes: anonymous and shared. Pages of files, mostly code
 of libraries, come and go as the system likes; they are reported beside it. The map, which has a
@@ -221,7 +221,8 @@ def trends(samples: list[dict], settling_s: float) -> dict:
     """Lines through what should be level, once the node has settled."""
     table = {name: np.array([s[name] for s in samples], float) for name in samples[0]}
     table['own_mb'] = table['anonymous_mb'] + table['shared_mb']
-    late = {name: values[table['time_s'] > settling_s] for name, values in table.items()}
+    is_late = table['time_s'] > table['time_s'][0] + settling_s
+    late = {name: values[is_late] for name, values in table.items()}
     hours, frames, points = late['time_s'] / 3600, late['processed'], late['map_points']
     third = max(1, len(hours) // 3)
 
