@@ -8,11 +8,12 @@ random times (``--seed``). Every image must be processed once, dropped for a rea
 the way: published = received + lost, received = processed + dropped. Lines are fitted to memory
 and latency from --settling seconds after the first image on: before, caches and allocator fill.
 
-Judged is the memory that the node itself takes: anonymous and shared. Pages of files, mostly code
-of libraries, come and go as the system likes; they are reported beside it. The map, which has a
-budget of its own, empties with each change of the resolution and fills again: the fit has a term
-for its points besides the one for frames. The exit code is 1 when something does not add up, the
-node fails or its memory grows faster than --max-slope.
+Three kinds of resident memory are told apart. Anonymous memory is what the node takes for itself:
+it may grow by --max-slope. The map, which has a budget of its own, empties with each change of the
+resolution and fills again, so the fit has a term for its points besides the one for frames. Shared
+memory is the segments of DDS, one of each process on the graph, whose pages fill with use: it may
+reach their size. Pages of files, mostly code of libraries, come and go as the system likes. The
+exit code is 1 when something does not add up, the node fails or its memory exceeds a limit.
 """
 
 import argparse
@@ -46,6 +47,7 @@ from stream3r_ros.messages import rclpy_messages
 STEADY_HZ, BURST_HZ = 10.0, 60.0
 SIZES_HW = ((240, 320), (480, 640), (320, 240))
 SETTLE_S = 60.0
+MAX_SHARED_MB = 2 * 37.0  # two processes with the segments of config/fastdds.xml
 FRAME = 'camera_optical_frame'
 
 
@@ -220,7 +222,6 @@ def account(counts: Counter, observer: Observer) -> dict:
 def trends(samples: list[dict], settling_s: float) -> dict:
     """Lines through what should be level, once the node has settled."""
     table = {name: np.array([s[name] for s in samples], float) for name in samples[0]}
-    table['own_mb'] = table['anonymous_mb'] + table['shared_mb']
     is_late = table['time_s'] > table['time_s'][0] + settling_s
     late = {name: values[is_late] for name, values in table.items()}
     hours, frames, points = late['time_s'] / 3600, late['processed'], late['map_points']
@@ -235,7 +236,6 @@ def trends(samples: list[dict], settling_s: float) -> dict:
         return [float(np.median(values[:third])), float(np.median(values[-third:]))]
 
     cpu_ms = 1e3 * np.diff(late['cpu_s']) / np.maximum(np.diff(frames), 1)
-    per_frame, per_point, _ = per('own_mb', frames, points)
     return {
         'memory': {
             name: {
@@ -243,12 +243,11 @@ def trends(samples: list[dict], settling_s: float) -> dict:
                 'settled': ends(late[name]),
                 'max': float(table[name].max()),
                 'per_1000_frames': 1000 * per(name, frames, points)[0],
+                'per_1000_map_points': 1000 * per(name, frames, points)[1],
+                'per_hour': per(name, hours, points)[0],
             }
-            for name in ('own_mb', 'anonymous_mb', 'shared_mb', 'files_mb')
+            for name in ('anonymous_mb', 'shared_mb', 'files_mb')
         },
-        'own_mb_per_1000_frames': 1000 * per_frame,
-        'own_mb_per_1000_map_points': 1000 * per_point,
-        'own_mb_per_hour': per('own_mb', hours, points)[0],
         'threads': ends(late['threads']),
         'open_files': ends(late['files']),
         'latency_p50_ms': ends(late['latency_p50_ms']),
@@ -261,11 +260,13 @@ def trends(samples: list[dict], settling_s: float) -> dict:
 
 def problems(result: dict, log: str, max_slope: float) -> list[str]:
     """What makes the run a failure."""
-    images, slope = result['images'], result['trends']['own_mb_per_1000_frames']
+    images, memory = result['images'], result['trends']['memory']
+    slope = memory['anonymous_mb']['per_1000_frames']
     checks = {
         'images are not accounted for': images['unaccounted'] or images['lost_on_the_way'] < 0,
         'not one transform per processed image': images['transforms'] != images['processed'],
         f'memory grows by more than {max_slope} MB per 1000 frames': slope > max_slope,
+        f'more than {MAX_SHARED_MB} MB are shared': memory['shared_mb']['max'] > MAX_SHARED_MB,
         'no clean end on SIGINT': result['exit_code'] != 0,
         'errors in the log of the node': 'Traceback' in log or '[ERROR]' in log,
     }
