@@ -3,8 +3,13 @@
 Run:  python benchmarks/equal_bytes.py --weights FILE --seeds 5 --output equal_bytes.json
 
 Every sequence is a loop through four rooms, walked twice: the second round sees places that were
-left more than 100 frames ago. All policies but the dense one get the same bytes for everything
-that they hold, camera cache included.
+left more than 100 frames ago. All policies but the dense one and the node's default window get the
+same bytes for everything that they hold, camera cache included.
+
+The published constants of stac_paper fit the confidences and the scale of the published network.
+"stac_paper, fitted" has those that mean the same for the network at hand: tau from a quantile of
+its own confidences, the voxel edge from the distance between its tokens, both on a walk of its
+own that is not judged. The script fails if a spatial memory that should be used stays empty.
 """
 
 import argparse
@@ -33,6 +38,8 @@ from stream3r_core.evaluation.trajectory import Trajectory, ate, rpe
 from stream3r_core.session import StreamSession
 from stream3r_core.synthetic import Motion, render_sequence
 
+FITTED = 'stac_paper, fitted'
+MUST_REMEMBER = FITTED, 'stac'  # whose pool may not stay empty
 WALK = Motion(vertical=0.0, tilt=0.0, tremor_deg=0.1, height_m=(1.0, 1.5), still_share=0.0)
 
 
@@ -62,7 +69,7 @@ def largest(fits, start):
     return size
 
 
-def policies(model, tokens, budget, overrides):
+def policies(model, tokens, budget, overrides, fitted):
     """Return (name, session options) of every policy."""
 
     def window_fits(size):
@@ -81,16 +88,31 @@ def policies(model, tokens, budget, overrides):
 
     stac = from_dict(CacheConfig, {**overrides, 'max_bytes': budget})
     paper = PublishedCacheConfig(max_bytes=budget)
+    bounded = dataclasses.replace(paper, bounded=True, **fitted)
+    default = SessionConfig().window
     return {
         'dense': {'mode': 'causal'},
         'window': {'mode': 'window', 'window': largest(window_fits, 1)},
+        f'window {default}': {'mode': 'window', 'window': default},
         'heavy hitters': {'mode': 'stac', 'cache': heavy(largest(heavy_fits, 1))},
         'stac_paper': {'mode': 'stac_paper', 'cache': paper},
-        'stac_paper, bounded': {
-            'mode': 'stac_paper', 'cache': dataclasses.replace(paper, bounded=True)
-        },
+        FITTED: {'mode': 'stac_paper', 'cache': bounded},
         'stac': {'mode': 'stac', 'cache': stac},
-    }  # fmt: skip
+    }
+
+
+def fit_published_constants(model, sequence, quantile):
+    """Return tau and the voxel edge that mean for this network what the published ones should.
+
+    From predictions alone: ``quantile`` of the confidences of its points lies below tau.
+    """
+    image = ImageConfig(long_side=max(sequence.images.shape[1:3]))
+    session = StreamSession(model, 'stac', image=image, cache=CacheConfig(skip_still=False))
+    confidence = [session.step(image).world_points_conf for image in sequence.images]
+    return {
+        'min_confidence': max(1.0, float(torch.stack(confidence).quantile(quantile))),
+        'voxel_size': float(session.cache.voxel_size.edge),
+    }
 
 
 # ---- one run
@@ -125,7 +147,19 @@ def run(model, sequence, options):
         live = max(live, sum(c.num_bytes for c in caches))
         allocated = max(allocated, sum(c.capacity_bytes for c in caches))
     predictions += session.flush()
-    return predictions, float(np.mean(milliseconds[20:])), live, allocated
+    row = {'ms': float(np.mean(milliseconds[20:])), 'live bytes': live}
+    return predictions, row | {'allocated bytes': allocated}, books_of(session.cache)
+
+
+def books_of(cache):
+    """Return what became of the tokens that a spatial memory was given; nothing without one."""
+    pool = getattr(cache, 'pool', None)
+    if pool is None:
+        return {}
+    retrieved = int((cache.working.retrieved_slot >= 0).sum())
+    held = {'held': int(pool.num_tokens), 'voxels': int(pool.voxels.count)}
+    went = {name: int(number) for name, number in pool.books._asdict().items()}
+    return {**went, **held, 'retrieved': retrieved}
 
 
 def judge(sequence, predictions, dense):
@@ -168,6 +202,9 @@ def main():
     parser.add_argument('--frames', type=int, default=240)
     parser.add_argument('--size', type=int, nargs=2, default=(48, 64), metavar=('H', 'W'))
     parser.add_argument('--budget-frames', type=int, default=23, help='in keys and values')
+    parser.add_argument(
+        '--quantile', type=float, default=0.1, help='of the confidences, below the fitted tau'
+    )
     parser.add_argument('--only', nargs='*', default=[], help='policies')
     parser.add_argument('--set', nargs='*', default=[], metavar='OPTION=JSON', help='of stac')
     parser.add_argument('--output', default='')
@@ -178,19 +215,23 @@ def main():
     kv_frame = 2 * sizes.depth * sizes.embed_dim * tokens * model.dtype.itemsize
     budget = arguments.budget_frames * kv_frame
     overrides = {k: json.loads(v) for k, v in (pair.split('=', 1) for pair in arguments.set)}
-    chosen = policies(model, tokens, budget, overrides)
+    other_walk = walk(arguments.first_seed - 1, 32, arguments.size)
+    fitted = fit_published_constants(model, other_walk, arguments.quantile)
+    chosen = policies(model, tokens, budget, overrides, fitted)
     only = {'dense', *arguments.only} if arguments.only else set(chosen)
     chosen = {name: options for name, options in chosen.items() if name in only}
-    results = {name: [] for name in chosen}
+    results, books = ({name: [] for name in chosen} for _ in range(2))
     for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         sequence, dense = walk(seed, arguments.frames, arguments.size), None
         for name, options in chosen.items():
-            predictions, ms, live, allocated = run(model, sequence, options)
+            predictions, costs, booked = run(model, sequence, options)
             dense = predictions if name == 'dense' else dense
-            row = judge(sequence, predictions, dense)
-            row |= {'ms': ms, 'live bytes': live, 'allocated bytes': allocated}
+            row = judge(sequence, predictions, dense) | costs
             results[name].append(row)
-            print(seed, name, {k: float(f'{v:.4g}') for k, v in row.items()}, flush=True)
+            books[name].append(booked)
+            print(seed, name, {k: float(f'{v:.4g}') for k, v in row.items()}, booked, flush=True)
+            if name in MUST_REMEMBER and not booked['held']:
+                raise CacheError(f'{name} ran without its spatial memory: {booked}')
     table = summarise(results)
     print(f'\nbudget {budget:,} bytes = {arguments.budget_frames} frames of {tokens} tokens\n')
     print(table)
@@ -202,7 +243,7 @@ def main():
                 {
                     'arguments': vars(arguments), 'conditions': conditions(model),
                     'budget_bytes': budget, 'policies': described, 'results': results,
-                    'table': table.splitlines(),
+                    'books': books, 'table': table.splitlines(),
                 },
                 file, indent=1,
             )  # fmt: skip

@@ -106,6 +106,11 @@ def summary(session, rows):
             'frames 500-1000': np.percentile(early[:, 1], [50, 95]).tolist(),
             'last 500': np.percentile(late[:, 1], [50, 95]).tolist(),
         },
+        # The issue asks for at most 1.1, which only a quiet machine can show on the wall clock.
+        'p95_of_last_500_to_frames_500_1000': {
+            'wall': float(np.percentile(late[:, 0], 95) / np.percentile(early[:, 0], 95)),
+            'processor': float(np.percentile(late[:, 1], 95) / np.percentile(early[:, 1], 95)),
+        },
         'tokens': books and {name: int(x) for name, x in books._asdict().items()},
     }
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The figures of RESULTS.md on a quiet machine, in about 8 minutes on two cores:
+# The figures of RESULTS.md on a quiet machine, in about 20 minutes on two cores:
 #   benchmarks/quiet.sh [FOLDER]        (default: benchmarks/results)
 # Needs an environment with the package and ROS 2; one failed step does not stop the others.
 set -u
@@ -31,4 +31,8 @@ step mapping $python benchmarks/mapping.py --frames 20 --output "$out/mapping.js
 step latency $python benchmarks/latency.py --duration 15 --log "$out/latency_node.log" \
   --output "$out/latency.json"
 step resident $python benchmarks/resident.py --frames 1500 --output "$out/resident.json"
+step long_walk env OMP_NUM_THREADS=1 $python benchmarks/long_walk.py --frames 5000 \
+  --output "$out/long_walk.json"
+step equal_bytes env OMP_NUM_THREADS=1 $python benchmarks/equal_bytes.py --seeds 6 \
+  --output "$out/equal_bytes.json"
 exit $failed

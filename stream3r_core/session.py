@@ -184,8 +184,14 @@ class StreamSession:
 
         Names and units as in the batch pass, without batch and frame axes: ``pose_enc`` [9],
         ``depth`` [H, W, 1], ``depth_conf`` [H, W], ``world_points`` [H, W, 3],
-        ``world_points_conf`` [H, W]. Never waits for a chunk to fill.
+        ``world_points_conf`` [H, W]. Never waits for a chunk to fill; raises :class:`InputError`
+        while images of :meth:`step` do, for it must not overtake them.
         """
+        if self._waiting:
+            raise InputError(
+                f'a frame of step_tensor would overtake {len(self._waiting)} waiting from step; '
+                'flush them first'
+            )
         self._check_frame(image)
         raw, _ = self._process(image[None])
         return {name: value[0] for name, value in raw.items()}

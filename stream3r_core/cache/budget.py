@@ -98,7 +98,8 @@ def make_plan(
         _check_budget(config, budget, reserved_bytes + plan.num_bytes)
         return plan
     tile_bytes = max(MIN_TILE_BYTES, int(WORKSPACE * budget))
-    plan = dataclasses.replace(plan, carry=max(8, frame_tokens // 8), tile_bytes=tile_bytes)
+    carry = max(8, config.chunk_size * frame_tokens // 4)
+    plan = dataclasses.replace(plan, carry=carry, tile_bytes=tile_bytes)
     smallest = -(-frame_tokens // TOKENS_PER_VOXEL)
     voxels = _affordable_voxels(plan, budget - reserved_bytes)
     least = plan.with_pool(TOKENS_PER_VOXEL * smallest, smallest)

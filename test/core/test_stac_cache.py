@@ -11,6 +11,7 @@ from waiting import forbid_waiting
 from stream3r_core.attention import attend, attend_with_column_sums
 from stream3r_core.cache.camera import CameraCache
 from stream3r_core.cache.stac import StacCache
+from stream3r_core.cache.voxel_table import NOWHERE
 from stream3r_core.cache.window import WindowCache
 from stream3r_core.config import CacheConfig, PublishedCacheConfig
 from stream3r_core.errors import CacheError
@@ -237,7 +238,7 @@ def test_coverage_outlives_a_long_walk():
     cache = make_cache(replace(SMALL, max_bytes=1_500_000, voxel_fraction=0.2))
     Walk(cache, speed=0.3).run(200)
     keys = cache.pool.voxels.keys
-    from stream3r_core.cache.voxel_table import NOWHERE, unpack
+    from stream3r_core.cache.voxel_table import unpack
 
     depth = unpack(keys[keys < NOWHERE])[:, 2] * cache.voxel_size.edge
     quarters = torch.histc(depth.float(), 4, 0.0, float(depth.max()))
@@ -246,7 +247,7 @@ def test_coverage_outlives_a_long_walk():
 
 def sides_of_voxels(cache):
     """Return for each voxel slot 1 right of the way, -1 left of it, 0 if free."""
-    from stream3r_core.cache.voxel_table import NOWHERE, unpack
+    from stream3r_core.cache.voxel_table import unpack
 
     keys = cache.pool.voxels.key_of_slot()
     return torch.where(unpack(keys)[:, 0] >= 0, 1, -1).masked_fill(keys == NOWHERE, 0)
@@ -284,6 +285,26 @@ def test_voxels_of_sure_points_outlive_others():
     sides = sides_of_voxels(cache)
     assert int(cache.pool.books.evicted) > 0
     assert (sides > 0).sum() > 2 * (sides < 0).sum()
+
+
+def test_what_speaks_for_a_voxel_fades_while_nobody_sees_or_asks_for_it():
+    cache = make_cache(replace(SMALL, score='residual', max_bytes=3_000_000))  # nobody asks
+    walk = Walk(cache, speed=50.0).run(8)
+    keys, value = cache.pool.voxels.key_of_slot(), cache.pool.value.clone()
+    walk.run(10)
+    still_there = (cache.pool.voxels.key_of_slot() == keys) & (value > 0)
+    assert still_there.any()
+    assert (cache.pool.value[still_there] < 0.9 * value[still_there]).all()
+
+
+def test_tokens_whose_row_is_full_wait_for_the_next_step():
+    config = replace(SMALL, chunk_size=4, window=4, voxel_size=100.0, max_bytes=3_000_000)
+    cache = make_cache(config)
+    walk = Walk(cache)
+    for _ in range(4):
+        walk.step(4)
+    waiting = (cache.pool.carried.key < NOWHERE).sum(1)
+    assert (waiting >= T // 2).all()
 
 
 def test_the_whole_pool_can_be_attended_to_where_it_is():
@@ -423,6 +444,24 @@ def test_d_frames_without_places_or_that_are_not_kept_say_nothing_of_the_voxel_s
     assert int(disturbed.pool.voxels.count) == int(healthy.pool.voxels.count) > 4
 
 
+def test_d_the_voxel_size_stays_what_it_was_when_the_first_tokens_were_stored():
+    cache = make_cache()
+    walk = Walk(cache).run(5)
+    edge = cache.voxel_size.edge.clone()
+    assert int(cache.pool.voxels.count) > 0
+    walk.scale = 10.0
+    walk.run(3)
+    assert torch.equal(cache.voxel_size.edge, edge)
+
+
+def test_e_the_weight_of_a_merged_token_is_capped_where_the_pool_is_seen_in_place():
+    config = replace(SMALL, retrieved=-1, max_log_count=2.1, drop_gate=0.0)
+    cache = make_cache(config)
+    Walk(cache, speed=0.0).run(40)
+    assert float(cache.pool.count[cache.pool.owner >= 0].log().max()) > 2.5
+    assert float(cache.working.bias.max()) == pytest.approx(2.1)
+
+
 def test_e_merged_keys_keep_their_norm_and_their_weight_is_capped():
     norms, weights = {}, {}
     for sound in (True, False):
@@ -452,12 +491,14 @@ def test_f_unsure_points_stay_out_of_the_pool():
 def test_values_of_nan_that_reached_the_pool_are_gone_after_a_reset(retrieved):
     config = replace(SMALL, heavy_hitters=0, retrieved=retrieved)
     cache, fresh = make_cache(config), make_cache(config)
-    spoilt = Walk(cache).run(6)
-    spoilt.step(value_scale=torch.nan)
-    spoilt.run(6)
+    spoilt = Walk(cache)
+    for _ in range(20):
+        spoilt.step(value_scale=torch.nan)
     assert cache.pool.v.isnan().any() and spoilt.out.isnan().any()
     cache.reset()
-    got, expected = (Walk(c, seed=3).run(7).out for c in (cache, fresh))
+    stores = cache.working.kv, cache.pool.k, cache.pool.v
+    assert all(x.isfinite().all() for x in stores)
+    got, expected = (Walk(c, seed=3).run(5).out for c in (cache, fresh))
     torch.testing.assert_close(got, expected)
 
 

@@ -149,7 +149,8 @@ def test_the_published_profile_equals_an_oracle_of_lists_and_loops(model, chunk_
     assert int(pool.books.lost) == 0
 
 
-@pytest.mark.parametrize('model, chunk_size', [('stream3r', 1), ('streamvggt', 2)])
+@pytest.mark.parametrize('model', MODELS)
+@pytest.mark.parametrize('chunk_size', [1, 2])
 def test_the_repaired_profile_equals_an_oracle_of_lists_and_loops(model, chunk_size):
     frames = many(SIZES[1], 16)
     config = replace(
@@ -245,6 +246,8 @@ def test_a_chunk_of_the_wrong_size_is_refused():
     assert session.step(frames[0]) is None
     with pytest.raises(InputError, match='1 waiting'):
         session.step_chunk(frames[:1])
+    with pytest.raises(InputError, match='would overtake 1 waiting'):
+        session.step_tensor(many(SIZES[0], 1)[0])
 
 
 # ---- pinned frames, failed steps, reset
@@ -360,14 +363,14 @@ def test_reset_mends_a_stream_that_a_frame_of_nan_has_spoilt(mode, config):
 
 def test_a_failed_chunk_of_nan_leaves_nothing_behind_a_mask(monkeypatch):
     """Single frames that follow use one of its slots; the others are hidden, not gone."""
-    frames = many(SIZES[0], 6)
+    frames = many(SIZES[0], 10)
     config = replace(SMALL, chunk_size=4, window=4, max_bytes=0)
     session = spatial('stream3r', config)
-    session._process(frames[:2])
+    session._process(frames[:4])
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
         patch.setattr(golden_network('stream3r').point_head, 'forward', _fail)
         session._process(torch.full_like(frames[:4], torch.nan))
-    got = stream(session, frames[2:])
+    got = stream(session, frames[4:])
     assert all(x.isfinite().all() for x in got.values())
 
 
@@ -393,13 +396,14 @@ def allocated_bytes(run):
     return sum(event.nbytes() for event in events)
 
 
-def test_what_a_session_holds_is_what_it_claims_and_never_above_the_budget():
+@pytest.mark.parametrize('model', MODELS)
+def test_what_a_session_holds_is_what_it_claims_and_never_above_the_budget(model):
     frames = many(SIZES[0], 12)
-    stream(spatial('stream3r', SMALL), frames[:1])  # what the network keeps is no memory of it
+    stream(spatial(model, SMALL), frames[:1])  # what the network keeps is no memory of it
     claimed = []
 
     def run():
-        session = spatial('stream3r', SMALL)
+        session = spatial(model, SMALL)
         for frame in frames:
             session.step_tensor(frame)
             claimed.append(session.cache.capacity_bytes + session.camera_cache.capacity_bytes)
