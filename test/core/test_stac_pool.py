@@ -1,9 +1,8 @@
 """The token pool against plain dictionaries of rows, its books and its bounds."""
 
-import itertools
-
 import pytest
 import torch
+from allocations import peak_bytes
 
 from stream3r_core.cache import retrieval
 from stream3r_core.cache.token_pool import Dropped, TokenPool
@@ -223,17 +222,6 @@ def test_insertion_does_not_depend_on_the_tiling_of_the_groups(monkeypatch):
     monkeypatch.setattr(TokenPool, '_groups_per_tile', lambda self, n: 1)
     tiled = filled_pool()
     assert_same_pool(whole, tiled)
-
-
-def peak_bytes(run):
-    """Measure the most that the allocator had given to ``run()`` at once."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        run()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == '[memory]']
-    events.sort(key=lambda e: e.start_ns())
-    return max(itertools.accumulate(e.nbytes() for e in events))
 
 
 @pytest.mark.parametrize('counted_on_host', [True, False])
