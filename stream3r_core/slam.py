@@ -12,9 +12,11 @@ import torch
 from stream3r_core.backend import sim3
 from stream3r_core.backend.atlas_map import AtlasMap
 from stream3r_core.backend.backend import BackendUpdate, SubmapBackend
+from stream3r_core.backend.localizer import Localizer
 from stream3r_core.backend.map_file import load_map, pack_map
 from stream3r_core.backend.network import NetworkWitness
 from stream3r_core.backend.restart import RestartPolicy
+from stream3r_core.backend.sensors import Sensed
 from stream3r_core.backend.worker import BackendWorker
 from stream3r_core.config import CoreConfig, MappingConfig
 from stream3r_core.errors import ConfigError, InputError
@@ -45,6 +47,8 @@ class SubmapReconstructor:
         in_background: Revisits are searched and the graph is optimised in a thread of its own.
             Without it a run can be repeated exactly.
         on_moved: Called after each correction, in that thread or by :meth:`flush`.
+        sense: What other sensors know of a frame; asked with each prediction of a session, which
+            lies in the frame and unit of that session.
 
     Raises:
         ConfigError: Options that do not go together.
@@ -58,9 +62,10 @@ class SubmapReconstructor:
         config: CoreConfig,
         in_background: bool = False,
         on_moved: Callable[[], None] | None = None,
+        sense: Callable[[FramePrediction], Sensed | None] = lambda prediction: None,
     ):
         self.config = config
-        self._on_moved = on_moved
+        self._on_moved, self._sense = on_moved, sense
         self.session = make_session(model, config)
         if self.session.chunk_size > 1:
             raise ConfigError(
@@ -72,6 +77,8 @@ class SubmapReconstructor:
                 "backend.kind 'submaps' looks at keyframes again: leave "
                 'backend.keyframes.keep_images true'
             )
+        if config.backend.localize_only and not config.backend.load:
+            raise ConfigError('backend.localize_only needs a map: set backend.load to its file')
         self._witness = NetworkWitness(model)
         self._policy = RestartPolicy(config.backend.submaps)
         self._in_background = in_background
@@ -79,16 +86,15 @@ class SubmapReconstructor:
         self._recent: deque[_Seen] = deque(maxlen=config.backend.submaps.overlap)
         self._is_full = False  # the next image begins a submap
         self.placed_at = 0  # num_moves that the newest prediction knew of
-        self._begin_map()
-        self._last_loaded = -1  # frame of a map that this run goes on in
-        if config.backend.load:
-            load_map(self.backend, config.backend.load)
-            self._last_loaded = self.backend.last_frame_id
+        self._begin_map(config.backend.load)
 
-    def _begin_map(self) -> None:
-        self.backend = SubmapBackend(
-            self.config.backend, self.config.mapping, self._witness.predict_pairs
-        )
+    def _begin_map(self, saved: str) -> None:
+        options = self.config.backend
+        kind = Localizer if options.localize_only else SubmapBackend
+        self.backend = kind(options, self.config.mapping, self._witness.predict_pairs)
+        if saved:
+            load_map(self.backend, saved)
+        self._last_loaded = self.backend.last_frame_id  # of a map that this run goes on in
         self.map = AtlasMap(self.backend.atlas)
         if self._in_background:
             self._worker = BackendWorker(self.backend, on_update=self._tell)
@@ -100,13 +106,19 @@ class SubmapReconstructor:
     @property
     def num_moves(self) -> int:
         """Counts the corrections of poses and map."""
-        return self.backend.atlas.num_moves
+        return self.backend.num_moves
+
+    @property
+    def is_metric(self) -> bool:
+        """Whether other sensors have made the unit of the map the metre."""
+        return self.backend.graph.is_metric
 
     def feed(self, image, stamp_ns: int | None = None, K=None) -> list[FramePrediction]:
         """Take one camera image; return its prediction in the map, on the CPU, in a list.
 
         Arguments and errors as :meth:`StreamSession.step`; also InputError for an image whose pose
-        is not finite, after which a new session starts.
+        is not finite, after which a new session starts, and, with ``localize_only``, for images
+        whose place in the map is not known yet.
         """
         if self._policy.is_pause(stamp_ns):
             self._restart()
@@ -124,10 +136,15 @@ class SubmapReconstructor:
         self._take(prediction, seen.frame_id)
         self._recent.append(seen)
         self._is_full = bool(reason)
+        if not self.backend.is_localized:
+            raise InputError(
+                f'the camera is not found in {self.config.backend.load} yet; its pose is told '
+                'once two recognised places agree'
+            )
         return [self._in_map(prediction)]
 
     def _take(self, prediction: FramePrediction, frame_id: int) -> None:
-        update = self.backend.track(prediction, frame_id)
+        update = self.backend.track(prediction, frame_id, self._sense(prediction))
         describe = partial(self._witness.describe, prediction.rgb.numpy())
         worker = self._worker or self.backend
         worker.follow(update, describe)
@@ -188,15 +205,14 @@ class SubmapReconstructor:
         return []
 
     def reset(self, keep_map: bool = False) -> None:
-        """Start a new session, and unless ``keep_map`` a new map."""
+        """Start a new session, and unless ``keep_map`` or ``localize_only`` a new map."""
         self._restart()
         if keep_map:
             return
-        self._last_loaded = -1
         try:
             self.close()
         finally:
-            self._begin_map()
+            self._begin_map(self.config.backend.load if self.config.backend.localize_only else '')
 
     def close(self) -> None:
         """End the back end's thread; what waits there is dropped."""
@@ -210,7 +226,8 @@ class SubmapReconstructor:
 
     def figures(self) -> dict[str, int]:
         """Return what the back end has done so far."""
-        return {
+        localized = {'localized': int(self.backend.is_localized)}
+        return (localized if self.config.backend.localize_only else {}) | {
             'submaps': len(self.backend.atlas.submaps),
             'keyframes': len(self.backend.places),
             'loops_verified': self.backend.num_loops,
@@ -227,9 +244,14 @@ class SubmapReconstructor:
         own = frame_ids > self._last_loaded
         return stamps_ns[own], poses[own]
 
-    def pack(self) -> bytes:
-        """Return the content of a file that ``backend.load`` takes: the map as it is."""
+    def pack(self) -> bytes | None:
+        """Return the content of a file that ``backend.load`` takes: the map as it is.
+
+        None with ``localize_only``: there is nothing that the file does not hold.
+        """
         self.flush()
+        if self.config.backend.localize_only:
+            return None
         return pack_map(self.backend)
 
 
@@ -238,8 +260,9 @@ def make_reconstructor(
     config: CoreConfig,
     in_background: bool = False,
     on_moved: Callable[[], None] | None = None,
+    sense: Callable[[FramePrediction], Sensed | None] = lambda prediction: None,
 ) -> Reconstructor | SubmapReconstructor:
-    """Return what ``config.backend.kind`` asks for."""
+    """Return what ``config.backend.kind`` asks for; arguments of :class:`SubmapReconstructor`."""
     if config.backend.kind == 'none':
         return Reconstructor(model, config)
-    return SubmapReconstructor(model, config, in_background, on_moved)
+    return SubmapReconstructor(model, config, in_background, on_moved, sense)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from stream3r_core.backend.sensors import Sensed
 from stream3r_core.errors import InputError, Stream3rError, first_line
 from stream3r_core.evaluation.trajectory import Trajectory
 from stream3r_core.image import prepare
@@ -57,7 +58,8 @@ class LiveReconstruction:
         is_camera_info_announced: Callable[[], bool] = lambda: False,
         on_moved: Callable[[], None] | None = None,
     ):
-        self._reconstructor = make_reconstructor(model, config, True, on_moved)
+        self._config = config  # of the image at hand
+        self._reconstructor = make_reconstructor(model, config, True, on_moved, self._sense)
         self._num_moves = 0  # corrections that path and poses contain
         self._publishers = publishers
         publishers.outputs.uncertainty = model.uncertainties.get(config.session.mode)
@@ -120,7 +122,7 @@ class LiveReconstruction:
                 frame, stamp, config
             )
         self._reconstructor.configure(config.mapping)
-        self._frame, self._lens = frame, lens
+        self._frame, self._lens, self._config = frame, lens, config
         predictions = self._predictions(lambda: self._reconstructor.feed(image, stamp, K))
         self.follow_corrections()
         self._stamps.note(stamp)
@@ -209,17 +211,40 @@ class LiveReconstruction:
         """End the back end's thread."""
         self._reconstructor.close()
 
-    def _find_scale(self, prediction: FramePrediction, frame: str, config: NodeConfig) -> None:
-        """Update metres per scene unit, where there is a source of metres."""
+    def _sense(self, prediction: FramePrediction) -> Sensed:
+        """What the back end is told of a frame of a session, beside its image."""
+        config = self._config
+        options, T_odom_camera, up = config.backend.sensors, None, None
+        if options.scale and prediction.index == 0:
+            self._baseline.reset()  # the session has a unit of its own
+        if config.odom_frame and (options.odometry or options.gravity):
+            try:
+                T_odom_camera = self._transforms.lookup(
+                    config.odom_frame, self._frame, prediction.stamp_ns, config.tf_timeout_s
+                )
+            except TransformError as error:
+                self._warn(f'the back end goes without odometry for this image: {error}')
+            else:
+                up = T_odom_camera[2, :3] if options.gravity else None
+        ratio = self._ratio(prediction, self._frame, config) if options.scale else None
+        return Sensed(T_odom_camera if options.odometry else None, ratio, up)
+
+    def _ratio(self, prediction: FramePrediction, frame: str, config: NodeConfig) -> float | None:
+        """Metres per unit of a prediction; None: not from this one."""
         if config.scale.source == 'none':
-            return
+            return None
         try:
-            ratio = self._scale_ratio(prediction, frame, config)
+            return self._scale_ratio(prediction, frame, config)
         except (InputError, TransformError) as error:
             self._num_without_scale += 1
             self._warn(f'no metric scale from this image: {error}')
+            return None
+
+    def _find_scale(self, prediction: FramePrediction, frame: str, config: NodeConfig) -> None:
+        """Update metres per scene unit, unless the back end brings them into the map itself."""
+        if takes_metres(config):
             return
-        before = self._scale.value
+        before, ratio = self._scale.value, self._ratio(prediction, frame, config)
         if ratio is not None:
             self._scale.add(ratio, config.scale)
         if self._scale.value != before:
@@ -379,6 +404,12 @@ class LiveReconstruction:
             )
         return calibrated
 
+    def _metres_per_unit(self) -> float | None:
+        is_metric = isinstance(self._reconstructor, SubmapReconstructor) and (
+            self._reconstructor.is_metric
+        )
+        return 1.0 if is_metric else self._scale.value
+
     def _figures(self) -> ReconstructionFigures:
         cache, cuda = self._reconstructor.session.cache, self._device.type == 'cuda'
         now = time.monotonic()
@@ -394,7 +425,7 @@ class LiveReconstruction:
             backend=self._reconstructor.figures(),
             frames_without_tf=self._placement.num_without_tf,
             frames_without_scale=self._num_without_scale,
-            metres_per_unit=self._scale.value,
+            metres_per_unit=self._metres_per_unit(),
             tracking=self._tracking.state,
             quality=self._tracking.quality,
             sigmas=self._sigmas,
@@ -402,3 +433,11 @@ class LiveReconstruction:
             restarts=dict(self._restarts),
             gpu_bytes=torch.cuda.memory_allocated(self._device) if cuda else None,
         )
+
+
+def takes_metres(config: NodeConfig) -> bool:
+    """Whether the back end brings the metres of other sensors into the map itself."""
+    options = config.backend.sensors
+    has_odometry = bool(config.odom_frame) and options.odometry
+    has_scale = config.scale.source != 'none' and options.scale
+    return config.backend.kind != 'none' and (has_odometry or has_scale)

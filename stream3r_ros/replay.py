@@ -176,7 +176,8 @@ def replay(
             voxel_map = reconstructor.map
             predictions = _stream_predictions(frames, reconstructor, report)
             if isinstance(reconstructor, SubmapReconstructor):
-                corrected, pack = reconstructor.trajectory, reconstructor.pack
+                corrected = reconstructor.trajectory
+                pack = None if config.backend.localize_only else reconstructor.pack
                 report.backend = reconstructor.figures
         bag = RunBag(folder, config, voxel_map, uncertainty, corrected)
         with Results(bag, pack) as results:

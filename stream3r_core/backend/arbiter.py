@@ -202,15 +202,15 @@ class LoopArbiter:
         growth = float(np.sqrt(np.median(distances) / _DIMENSIONS))
         if self.drift_factor * growth > self.config.max_drift_factor:
             return False
-        self._expect_drift(max(growth, 1.0))
+        self.expect_drift(max(growth, 1.0))
         for edge in side:
             self.doubted.remove(edge)
         self._enter(side)
         self.graph.is_settled = False
         return True
 
-    def _expect_drift(self, growth: float) -> None:
-        """Multiply the standard deviations of all odometry."""
+    def expect_drift(self, growth: float) -> None:
+        """Multiply the standard deviations of all joints, those to come included."""
         self.drift_factor *= growth
         odometry = [edge for edge in self.graph.edges if edge.kind == 'odometry']
         for edge in odometry:

@@ -14,6 +14,7 @@ from stream3r_core.backend.config import BackendConfig
 from stream3r_core.backend.keyframes import Keyframe, KeyframeSelector, to_keyframe
 from stream3r_core.backend.places import PlaceIndex
 from stream3r_core.backend.pose_graph import Edge, PoseGraph
+from stream3r_core.backend.sensors import Measured, Sensed, SensorFactors, SubmapSenses
 from stream3r_core.backend.submap import Submap
 from stream3r_core.backend.verification import (
     PairPredictor,
@@ -46,6 +47,7 @@ class BackendUpdate:
     joint: Joint | None = None  # of this submap, when it has just been placed
     loops: tuple[tuple[int, int], ...] = ()  # submaps of the revisits that this frame has shown
     moved: bool = False  # poses of the map have changed
+    measured: tuple[Measured, ...] = ()  # by other sensors, to go into the graph
 
     @property
     def is_keyframe(self) -> bool:
@@ -81,7 +83,7 @@ class SubmapBackend:
         self._limit = self.config.submaps.max_submap_points
         self.mapping = mapping or MappingConfig()
         self._predict_pairs = predict_pairs
-        self.atlas = Atlas(self.config.submaps)
+        self.atlas = self._live = Atlas(self.config.submaps)  # _live: where new submaps go
         self.next_key = 0
         self.last_frame_id = -1
         self._S_odom: dict[int, np.ndarray] = {}
@@ -94,9 +96,12 @@ class SubmapBackend:
         self._old_tail: list[Keyframe] = []
         self._old_path = 0.0
         self._head: list[Keyframe] | None = None  # of a submap that is not joined yet
+        self._senses: SubmapSenses | None = None
+        self._old_senses: SubmapSenses | None = None
         # of the thread that follows
         self.graph = PoseGraph(self.config.graph)
         self.arbiter = LoopArbiter(self.graph, self.config.loops)
+        self._sensors = SensorFactors(self.arbiter, self.config)
         self.places = PlaceIndex(self.config.places)
         self._num_loops: Counter[int] = Counter()  # found between this submap and older ones
         self._searching = -1  # the submap that these were found for
@@ -107,6 +112,7 @@ class SubmapBackend:
         prediction: FramePrediction,
         frame_id: int,
         descriptor: np.ndarray | Callable[[], np.ndarray] | None = None,
+        sensed: Sensed | None = None,
     ) -> BackendUpdate:
         """Take in one frame.
 
@@ -115,15 +121,18 @@ class SubmapBackend:
             frame_id: Number of the image, >= 0; a new one is larger than all before.
             descriptor: Unit vector [C] for place recognition, or a function that computes it when
                 the frame becomes a keyframe; None: the frame is not searched for.
+            sensed: What other sensors know of the frame.
 
         Raises:
             InputError: The first prediction is not of index 0, the frame is older than the frames
                 that submaps share, or its pose is not finite.
 
         """
-        return self.follow(self.track(prediction, frame_id), descriptor)
+        return self.follow(self.track(prediction, frame_id, sensed), descriptor)
 
-    def track(self, prediction: FramePrediction, frame_id: int) -> BackendUpdate:
+    def track(
+        self, prediction: FramePrediction, frame_id: int, sensed: Sensed | None = None
+    ) -> BackendUpdate:
         """Give a frame its place in its submap, and a new submap its place on the one before.
 
         Arguments and errors as for :meth:`add`. Hand the answer to :meth:`follow`.
@@ -137,18 +146,32 @@ class SubmapBackend:
                 'the session together with the back end'
             )
         self._submap.visit(view)
+        self._senses.add(sensed, view.T_submap_camera)
         if frame_id <= self.last_frame_id:
             self._check_shared(frame_id)
             self._head.append(view)
             return BackendUpdate(self._submap.key)
         joint = self._join(view) if self._head is not None else None
+        measured = self._measured(joint)
         self.last_frame_id = frame_id
-        with self.atlas.lock:
+        with self._live.lock:
             self._submap.add(prediction, view)
-            self.atlas.touch(self._submap.key)
+            self._live.touch(self._submap.key)
         self._tail.append(view)
         is_keyframe = self._selector.is_keyframe(view)
-        return BackendUpdate(self._submap.key, view if is_keyframe else None, joint)
+        keyframe = view if is_keyframe else None
+        return BackendUpdate(self._submap.key, keyframe, joint, measured=measured)
+
+    def _measured(self, joint: Joint | None) -> tuple[Measured, ...]:
+        """What other sensors say: of the submap before when it has ended, soon of this one."""
+        found, needed = [], self.config.sensors.min_ratios
+        if joint is not None and self._old_senses is not None:
+            found = self._old_senses.conclude(self._senses, needed)
+            self._old_senses = None
+        num_ratios = len(self._senses.log_ratios)
+        if num_ratios == needed or (joint is not None and num_ratios > needed):
+            found.append(self._senses.scale())
+        return tuple(found)
 
     def follow(
         self,
@@ -164,6 +187,8 @@ class SubmapBackend:
         if update.joint is not None:
             self._enter_graph(update.submap, update.joint)
             moved = self._optimise()
+        if update.measured:
+            moved |= self._measure(update.measured)
         if update.keyframe is not None:
             view = update.keyframe
             loops = self._remember(
@@ -171,6 +196,16 @@ class SubmapBackend:
             )
         moved |= self._optimise()
         return replace(update, loops=loops, moved=moved)
+
+    def _measure(self, measured: tuple[Measured, ...]) -> bool:
+        """Bring what other sensors say into the graph; whether the map has another unit now."""
+        factor = self._sensors.take(measured)
+        if factor == 1.0:
+            return False
+        S = sim3.from_parts(factor, np.eye(3), np.zeros(3))
+        with self.atlas.lock:
+            self._S_odom = {key: S @ S_odom for key, S_odom in self._S_odom.items()}
+            return self._place()
 
     def _check_shared(self, frame_id: int) -> None:
         if self._head is None:
@@ -182,16 +217,18 @@ class SubmapBackend:
     def _start_submap(self) -> None:
         is_begun = self._submap is not None and self._head is None
         if is_begun:  # a submap that has no frame of its own yet is dropped without loss
-            with self.atlas.lock:
+            with self._live.lock:
                 self._submap.close()
-                self.atlas.renumber(self._submap.key)
+                self._live.renumber(self._submap.key)
             self._previous, self._old_path = self._submap, self._submap.path_length
-            self._old_tail = list(self._tail)
-        mapping = replace(self.mapping, max_points=self._limit)
-        self._submap = Submap(self.next_key, mapping)
+            self._old_tail, self._old_senses = list(self._tail), self._senses
+        self._submap = self._new_submap()
         self.next_key += 1
-        self._head = []
+        self._head, self._senses = [], SubmapSenses(self._submap.key)
         self._selector.reset()
+
+    def _new_submap(self) -> Submap:
+        return Submap(self.next_key, replace(self.mapping, max_points=self._limit))
 
     def _join(self, view: Keyframe) -> Joint:
         """Place the new submap: its first frame of its own has come."""
@@ -200,14 +237,16 @@ class SubmapBackend:
         if self._previous is None:
             joint, S_map, S_odom = Joint(None, np.eye(4), np.eye(7), None), np.eye(4), np.eye(4)
         else:
-            previous = self._previous.key
             alignment = align_submaps(self._old_tail, head, self.config.alignment)
-            S = alignment.S_old_new
-            joint = Joint(previous, S, self._joint_covariance(alignment), alignment)
-            S_map, S_odom = self.atlas.S_map_submap(previous) @ S, self._S_odom[previous] @ S
-        with self.atlas.lock:
+            covariance = self._joint_covariance(alignment)
+            joint = Joint(self._previous.key, alignment.S_old_new, covariance, alignment)
+        with self._live.lock:  # meanwhile nothing moves, nor takes another unit
+            if joint.previous is not None:
+                S = joint.S_previous_key
+                S_map = self._live.S_map_submap(joint.previous) @ S
+                S_odom = self._S_odom[joint.previous] @ S
             self._S_odom[key], self._unjoined[key] = S_odom, joint
-            self.atlas.add(self._submap, S_map)
+            self._live.add(self._submap, S_map)
         return joint
 
     def _enter_graph(self, key: int, joint: Joint) -> None:
@@ -251,11 +290,16 @@ class SubmapBackend:
             order = {k: position for position, k in enumerate(self.atlas.submaps)}
         if descriptor is None:
             return ()
+        loops = self._recognise(view.descriptor, view, key, order)
+        self.places.add(key, view.frame_id, view.descriptor)
+        return loops
+
+    def _recognise(self, descriptor, view: Keyframe, key: int, order: dict[int, int]):
+        """Search the places that look like a view, and verify them."""
         if key != self._searching:
             self._searching = key
             self._num_loops.clear()
-        found = self.places.search(view.descriptor, key, order)
-        self.places.add(key, view.frame_id, view.descriptor)
+        found = self.places.search(descriptor, key, order)
         wanted = [p for p in found if self._num_loops[p.submap] < self.config.loops.max_per_pair]
         candidates = [(place.submap, self._keyframe(place)) for place in wanted]
         return self._verify([(s, k) for s, k in candidates if k is not None], view, key)
@@ -281,7 +325,7 @@ class SubmapBackend:
                 covariance = verdict.covariance + self._inner_drift(
                     submap, keyframe, key, view, verdict
                 )
-                self.arbiter.propose(submap, key, verdict.S_i_j, covariance)
+                self.propose_loop(submap, key, verdict.S_i_j, covariance)
                 self._num_loops[submap] += 1
                 found.append((submap, key))
         self.num_loops += len(found)
@@ -299,8 +343,8 @@ class SubmapBackend:
 
     def _drift_until(self, key: int, view: Keyframe) -> np.ndarray:
         """What gathers from the origin of a submap to one of its views, [7, 7] at the view."""
-        with self.atlas.lock:
-            submap = self.atlas.submaps[key]
+        with self.atlas.lock, self._live.lock:
+            submap = self.atlas.submaps.get(key) or self._live.submaps[key]
             inside = int(np.searchsorted(submap.frame_ids, view.frame_id, 'right'))
             way = submap.T_submap_camera[:inside]
         steps = np.diff(way[:, :3, 3], axis=0, prepend=np.zeros((1, 3)))
@@ -377,7 +421,7 @@ class SubmapBackend:
 
     def S_map_open(self) -> np.ndarray:
         """Where the submap of the newest frame lies, [4, 4]."""
-        return self.atlas.S_map_submap(self._submap.key)
+        return self._live.S_map_submap(self._submap.key)
 
     def configure(self, mapping: MappingConfig) -> None:
         """Take other thresholds for the points to come; from the thread that tracks."""
@@ -388,14 +432,24 @@ class SubmapBackend:
 
     def T_map_odom(self) -> np.ndarray:
         """Rigid correction [4, 4] that takes the newest camera pose of the chain to the map."""
-        with self.atlas.lock:
+        with self._live.lock:
             if self._submap is None or self._submap.key not in self._S_odom:
                 return np.eye(4)
             key, T = self._submap.key, self._tail[-1].T_submap_camera
-            T_map_camera = sim3.rigid_of(self.atlas.S_map_submap(key) @ T)
+            T_map_camera = sim3.rigid_of(self._live.S_map_submap(key) @ T)
             T_odom_camera = sim3.rigid_of(self._S_odom[key] @ T)
         return T_map_camera @ sim3.inverse(T_odom_camera)
 
     def trajectory(self, corrected: bool = True):
         """Return frame_ids [n], stamps_ns [n], poses [n, 4, 4] in the map, or in ``odom``."""
-        return self.atlas.trajectory(None if corrected else dict(self._S_odom))
+        return self._live.trajectory(None if corrected else dict(self._S_odom))
+
+    @property
+    def num_moves(self) -> int:
+        """Counts the corrections of poses."""
+        return self._live.num_moves
+
+    @property
+    def is_localized(self) -> bool:
+        """Whether the place of the newest frame in the map is known."""
+        return True

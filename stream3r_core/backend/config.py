@@ -153,11 +153,33 @@ class GraphConfig:
     max_drift_factor: float = option(
         50.0, 'factor by which drift may be found to exceed its model', minimum=1.0
     )
-    kernel: float = option(3.0, 'Cauchy kernel of loops, standard deviations', minimum=0.1)
+    kernel: float = option(
+        3.0, 'Cauchy kernel of loops and metric scales, standard deviations', minimum=0.1
+    )
     max_loops: int = option(5000, 'loops kept; the oldest go first', minimum=1)
     max_dormant: int = option(100, 'doubted loops that are tried again', minimum=0)
     scale_sigma: float = option(0.02, 'uncertainty of a metric scale', minimum=1e-6)
     gravity_deg: float = option(2.0, 'uncertainty of a gravity direction', minimum=1e-6)
+
+
+@dataclass(frozen=True)
+class SensorConfig:
+    """What else the graph is told, where the node has it."""
+
+    odometry: bool = option(
+        True, 'the odometry of odom_frame, if there is one, holds submaps together, in metres'
+    )
+    scale: bool = option(True, 'the metres of scale.source, if there is one, scale each submap')
+    gravity: bool = option(
+        False, 'the odometry of odom_frame, whose z is up, keeps submaps level with the first one'
+    )
+    odometry_translation: float = option(
+        0.02, 'uncertainty of the odometry over a submap, as a fraction of its way', minimum=1e-6
+    )
+    odometry_rotation_deg: float = option(
+        1.0, 'uncertainty of the odometry over a submap: rotation', minimum=1e-6
+    )
+    min_ratios: int = option(5, 'frames of a submap that tell its metric scale', minimum=1)
 
 
 @dataclass(frozen=True)
@@ -171,6 +193,9 @@ class BackendConfig:
         choices=('none', 'submaps'),
     )
     load: str = option('', 'saved map to go on in (.safetensors); empty = begin a new one')
+    localize_only: bool = option(
+        False, 'tell where the camera is in the map of backend.load, which stays as it is'
+    )
     keyframes: KeyframeConfig = field(default_factory=KeyframeConfig)
     submaps: SubmapConfig = field(default_factory=SubmapConfig)
     drift: DriftConfig = field(default_factory=DriftConfig)
@@ -178,3 +203,4 @@ class BackendConfig:
     places: PlaceConfig = field(default_factory=PlaceConfig)
     loops: LoopConfig = field(default_factory=LoopConfig)
     graph: GraphConfig = field(default_factory=GraphConfig)
+    sensors: SensorConfig = field(default_factory=SensorConfig)

@@ -42,7 +42,7 @@ def make_factor(edge, config):
     if edge.kind == 'scale':
         sigmas = np.array([_FREE] * 6 + [np.sqrt(edge.covariance[0, 0])])
         target = gtsam.Similarity3(gtsam.Rot3(), np.zeros(3), float(edge.measurement[0]))
-        noise = gtsam.noiseModel.Diagonal.Sigmas(sigmas)
+        noise = _robust(gtsam.noiseModel.Diagonal.Sigmas(sigmas), config)
         return gtsam.PriorFactorSimilarity3(edge.keys[0], target, noise)
     noise = gtsam.noiseModel.Gaussian.Covariance(edge.covariance)
     if edge.kind == 'anchor':
@@ -52,9 +52,15 @@ def make_factor(edge, config):
     if edge.kind == 'motion':
         return gtsam.CustomFactor(noise, list(edge.keys), _motion_error(edge.measurement))
     if edge.kind == 'loop' and not edge.on_trial:
-        kernel = gtsam.noiseModel.mEstimator.Cauchy.Create(config.kernel)
-        noise = gtsam.noiseModel.Robust.Create(kernel, noise)
+        noise = _robust(noise, config)
     return gtsam.BetweenFactorSimilarity3(*edge.keys, to_gtsam(edge.measurement), noise)
+
+
+def _robust(noise, config):
+    """Noise model whose outliers lose their pull."""
+    gtsam = load_gtsam()
+    kernel = gtsam.noiseModel.mEstimator.Cauchy.Create(config.kernel)
+    return gtsam.noiseModel.Robust.Create(kernel, noise)
 
 
 def _gravity_error(up_submap: np.ndarray, up_map: np.ndarray):

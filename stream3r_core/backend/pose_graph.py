@@ -8,8 +8,9 @@ graph anew with Levenberg-Marquardt. pyceres and symforce solve in batches only,
 CPython 3.10 has no wheel of 4.3.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 
@@ -124,10 +125,17 @@ class PoseGraph:
         self._add('motion', (i, j), T_i_j, covariance)
 
     def add_scale(self, key: int, metres_per_unit: float) -> None:
-        """Add a measured metric scale of a submap; the map then becomes metric."""
+        """Add the metric scale of a submap, or replace it; the map then becomes metric."""
         self.check(key)
         if not metres_per_unit > 0:
             raise InputError(f'expected a scale above 0 metres per unit, got {metres_per_unit}')
+        known = next(
+            (e for e in self._all_edges() if e.kind == 'scale' and e.keys == (key,)), None
+        )
+        if known is not None:
+            known.measurement = np.array([metres_per_unit], np.float64)
+            self._changed += [known] if known in self.edges else []
+            return
         variance = np.full((1, 1), self.config.scale_sigma**2)
         self._add('scale', (key,), np.array([metres_per_unit]), variance)
 
@@ -160,13 +168,35 @@ class PoseGraph:
         if kind in ('motion', 'scale'):
             self._free_scale()
 
-    def _free_scale(self) -> None:
+    def _all_edges(self) -> Iterator[Edge]:
+        return chain(self.edges, self._new)
+
+    @property
+    def is_metric(self) -> bool:
+        """Whether the unit of the map is the metre, as far as the measurements know it."""
+        anchors = (edge for edge in self._all_edges() if edge.kind == 'anchor')
+        return any(anchor.covariance[6, 6] >= FREE_SCALE**2 for anchor in anchors)
+
+    def _free_scale(self) -> list[Edge]:
         """Let the map become metric: until now its unit was that of the first submap."""
-        for edges in (self.edges, self._new):
-            for anchor in edges:
-                if anchor.kind == 'anchor' and anchor.covariance[6, 6] < FREE_SCALE**2:
-                    anchor.covariance[6, 6] = FREE_SCALE**2
-                    self._changed += [anchor] if edges is self.edges else []
+        anchors = [
+            edge
+            for edge in self._all_edges()
+            if edge.kind == 'anchor' and edge.covariance[6, 6] < FREE_SCALE**2
+        ]
+        for anchor in anchors:
+            anchor.covariance[6, 6] = FREE_SCALE**2
+            self._changed += [anchor] if anchor in self.edges else []
+        return anchors
+
+    def rescale(self, factor: float) -> None:
+        """Make the whole map ``factor`` times as large and let measurements tell its unit."""
+        S = sim3.from_parts(factor, np.eye(3), np.zeros(3))
+        self._free_scale()
+        for anchor in self._all_edges():
+            if anchor.kind == 'anchor':
+                anchor.measurement = S @ anchor.measurement
+        self.rebuild(self.edges, {key: S @ pose for key, pose in self.poses().items()})
 
     def change(self, edges: Iterable[Edge]) -> None:
         """Note that edges of the graph have other numbers now; the next step takes them in."""
@@ -214,6 +244,26 @@ class PoseGraph:
             self._poses.update(zip(known, matrices / matrices[:, 3:, 3:]))  # of [R, t; 0, 1 / s]
             self._is_stale = False
         return self._poses
+
+    def motion_misfit(
+        self, i: int, j: int, T_i_j: np.ndarray, covariance: np.ndarray, scale_sigma: float
+    ) -> float | None:
+        """Squared Mahalanobis distance of a metric motion from the joint of two submaps.
+
+        In 6 dimensions. ``covariance`` [6, 6] of the motion; ``scale_sigma`` of the log scale of
+        submap i. None where the two are not joined.
+        """
+        joint = self._odometry.get(j)
+        if joint is None or joint.keys != (i, j):
+            return None
+        s_i, s_j = (float(sim3.scale_of(self.pose(key))) for key in (i, j))
+        R = sim3.rotation_of(joint.measurement)
+        way = R.T @ (s_i * joint.measurement[:3, 3])  # metres, axes of j
+        error = np.concatenate([sim3.rotation_log(T_i_j[:3, :3].T @ R), way - R.T @ T_i_j[:3, 3]])
+        units = np.diag([1.0] * 3 + [s_j] * 3)
+        total = units @ joint.covariance[:6, :6] @ units + covariance
+        total[3:, 3:] += scale_sigma**2 * np.outer(way, way)
+        return float(error @ np.linalg.solve(total, error))
 
     def nearby(self, i: int, j: int) -> tuple[np.ndarray, np.ndarray]:
         """Return ``S_i_j`` [4, 4] and a bound of the covariance [7, 7] of its tangent at j.
@@ -311,11 +361,23 @@ def moved_edges(
 
     They err by what ``S_into_key`` errs by in addition. Those that say nothing more are left out.
     """
-    kept = []
+    kept, edges = [], list(edges)
+    told = {edge.kind for edge in edges if edge.keys == (into,)}
+    before = next((e for e in edges if e.kind == 'motion' and e.keys == (into, key)), None)
     for edge in edges:
         keys = tuple(into if k == key else k for k in edge.keys)
         if key not in edge.keys:
             kept.append(edge)
+        elif edge.kind == 'scale' and 'scale' not in told:
+            kept.append(
+                replace(edge, keys=keys, measurement=edge.measurement / sim3.scale_of(S_into_key))
+            )
+        elif edge.kind == 'gravity' and 'gravity' not in told:
+            up_submap, up_map = edge.measurement
+            up = np.stack([sim3.rotation_of(S_into_key) @ up_submap, up_map])
+            kept.append(replace(edge, keys=keys, measurement=up))
+        elif edge.kind == 'motion' and edge.keys[0] == key and before is not None:
+            kept.append(_joined_motion(before, edge))
         elif edge.kind in ('odometry', 'loop') and keys[0] != keys[1]:
             if edge.keys[0] == key:
                 measurement = S_into_key @ edge.measurement
@@ -327,3 +389,12 @@ def moved_edges(
                 total = A @ (edge.covariance + covariance) @ A.T
             kept.append(replace(edge, keys=keys, measurement=measurement, covariance=total))
     return kept
+
+
+def _joined_motion(first: Edge, second: Edge) -> Edge:
+    """The motion from the first to the last of three submaps."""
+    covariance = first.covariance + second.covariance
+    lever = sim3.hat(first.measurement[:3, :3] @ second.measurement[:3, 3])
+    covariance[3:, 3:] += lever @ first.covariance[:3, :3] @ lever.T
+    keys, T = (first.keys[0], second.keys[1]), first.measurement @ second.measurement
+    return replace(second, keys=keys, measurement=T, covariance=covariance)

@@ -89,19 +89,21 @@ class Submap:
 
     def configure(self, mapping: MappingConfig) -> None:
         """Give an open submap other thresholds for the points to come."""
-        self._voxels.config = mapping
+        if self._voxels:
+            self._voxels.config = mapping
 
     def add(self, prediction: FramePrediction, view: Keyframe) -> None:
         """Take in a frame: its pose and, unless it is still, its points."""
         stamp = NO_STAMP if view.stamp_ns is None else view.stamp_ns
         self._frames.append((view.frame_id, stamp, view.T_submap_camera))
-        if not prediction.still:
+        if self._voxels and not prediction.still:
             self._voxels.integrate(prediction)
             self.voxel_size = self._voxels.voxel_size or 0.0
 
     def close(self) -> None:
         """Keep the points, give back the memory reserved for more."""
-        self._cloud, self._voxels = self._voxels.points(), None
+        if self._voxels:
+            self._cloud, self._voxels = self._voxels.points(), None
 
     def restore(self, frames, cloud: MapCloud, voxel_size: float) -> None:
         """Fill a closed submap: frames (frame_id, stamp_ns, pose [4, 4]) and points."""

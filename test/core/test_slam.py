@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import torch
 from backend_walks import ate
+from safetensors.numpy import load as load_bytes
+from safetensors.numpy import load_file as load
 from scripted_walks import config, returning_walk, scripted
 
 from stream3r_core.backend import sim3
+from stream3r_core.backend.map_file import pack_map
 from stream3r_core.backend.network import NetworkWitness
 from stream3r_core.backend.submap import NO_STAMP
 from stream3r_core.checkpoints import load_model
@@ -16,7 +19,7 @@ from stream3r_core.config import CoreConfig, from_dict
 from stream3r_core.errors import ConfigError, DataError, InputError
 from stream3r_core.pipeline import Reconstructor
 from stream3r_core.slam import SubmapReconstructor, make_reconstructor
-from stream3r_core.synthetic.front_end import SimulatedFrontEnd
+from stream3r_core.synthetic.front_end import SimulatedFrontEnd, make_walk
 from stream3r_core.synthetic.scripted import SIZE_HW, scripted_image
 
 
@@ -98,6 +101,83 @@ def test_a_saved_map_is_gone_on_in_and_found_again(walk, closed, tmp_path):
     assert np.median(relocalised) < 0.03 * way
     with pytest.raises(DataError, match='cannot read'):
         run(walk, config(load=str(tmp_path / 'none')), frames=range(1))
+
+
+@pytest.fixture(scope='module')
+def map_file(walk, tmp_path_factory):
+    """The map of the first round."""
+    path = tmp_path_factory.mktemp('map') / 'map.safetensors'
+    mapper, _ = run(walk, config(), frames=range(60))
+    path.write_bytes(mapper.pack())
+    return path
+
+
+@pytest.mark.parametrize('in_background', [False, True])
+def test_a_robot_localises_in_a_map_that_stays_as_it_is(walk, map_file, in_background):
+    options = config(load=str(map_file), localize_only=True)
+    mapper = make_reconstructor(scripted(walk, seed=3), options, in_background)
+    mapped = load(map_file)
+    before, told = {name: array.copy() for name, array in mapped.items()}, {}
+    for frame in range(15, 60):
+        try:
+            told[frame] = mapper.feed(scripted_image(frame), int(walk.stamps_ns[frame]))[0]
+        except InputError as error:
+            assert 'not found in' in str(error) and 'map.safetensors' in str(error)
+        if in_background:
+            mapper.flush()
+    assert mapper.figures()['localized'] == 1 and mapper.backend.num_loops > 3
+    assert min(told) < 32, 'it takes one submap or two until the place is known'
+    numbers, _, truth = mapped_poses(mapper)
+    where = {frame: T for frame, T in zip(numbers, truth)}
+    way = np.linalg.norm(np.diff(truth[:, :3, 3], axis=0), axis=1).sum()
+    off = [np.linalg.norm((p.T_world_camera.numpy() - where[f])[:3, 3]) for f, p in told.items()]
+    assert np.median(off) < 0.03 * way and max(off) < 0.1 * way
+    stamps, poses = mapper.trajectory()  # also of the images before the place was known
+    np.testing.assert_array_equal(stamps, walk.stamps_ns[15:60])
+    off = np.linalg.norm(poses[:, :3, 3] - truth[15:60, :3, 3], axis=1)
+    assert np.median(off) < 0.03 * way
+    assert mapper.pack() is None
+    after = load_bytes(pack_map(mapper.backend))
+    assert after.keys() == before.keys()
+    for name, array in before.items():
+        np.testing.assert_array_equal(after[name], array)
+    mapper.reset()
+    assert mapper.figures()['localized'] == 0 and mapper.figures()['submaps'] > 1
+    mapper.close()
+
+
+def mapped_poses(mapper):
+    return mapper.backend.atlas.trajectory()
+
+
+def test_a_robot_that_is_carried_off_finds_its_place_again(walk, map_file):
+    mapper = make_reconstructor(
+        scripted(walk, seed=4), config(load=str(map_file), localize_only=True)
+    )
+    told = {}
+    for frame in (*range(5, 21), *range(35, 60)):  # a pause in which it was carried
+        stamp = int(walk.stamps_ns[frame]) + (10**10 if frame > 30 else 0)
+        try:
+            told[frame] = mapper.feed(scripted_image(frame), stamp)[0].T_world_camera.numpy()
+        except InputError:
+            continue
+    truth = mapped_poses(mapper)[2]
+    way = np.linalg.norm(np.diff(truth[:, :3, 3], axis=0), axis=1).sum()
+    off = [np.linalg.norm((told[frame] - truth[frame])[:3, 3]) for frame in range(52, 60)]
+    assert max(off) < 0.06 * way
+
+
+def test_an_unknown_place_is_told_nowhere(walk, map_file):
+    elsewhere = make_walk('spiral', 5, size_m=3.0)
+    mapper = make_reconstructor(
+        scripted(elsewhere), config(load=str(map_file), localize_only=True)
+    )
+    for frame in range(700, 740):
+        with pytest.raises(InputError, match='not found in'):
+            mapper.feed(scripted_image(frame), int(elsewhere.stamps_ns[frame]))
+    assert len(mapper.trajectory()[0]) == 0 and mapper.num_moves == 0
+    with pytest.raises(ConfigError, match=r'set backend\.load'):
+        make_reconstructor(scripted(walk), config(localize_only=True))
 
 
 def test_a_pause_begins_a_submap_without_overlap(walk):
