@@ -8,7 +8,7 @@ import torch
 
 from stream3r_core.checkpoints import load_model
 from stream3r_core.config import CoreConfig, MappingConfig, WeightsConfig
-from stream3r_core.errors import ConfigError, first_line
+from stream3r_core.errors import ConfigError, InputError, first_line
 from stream3r_core.geometry import transform_points
 from stream3r_core.image import prepare_photos
 from stream3r_core.mapping import VoxelMap
@@ -108,6 +108,17 @@ class Reconstructor:
         """Give the memory of the session back; an empty one, as after a reset, takes its place."""
         self.session = make_session(self.session.model, self.config)  # allocates when it is fed
         free_gpu_memory(self.session.model.device)
+
+
+def incomplete_memory(error: Exception) -> InputError:
+    """Return what to say of an image whose step has left a session ``is_broken``.
+
+    Whoever feeds the session starts a new one from the last pose that can be trusted.
+    """
+    return InputError(
+        f'{type(error).__name__} while the memory of the stream was being stored ({error}): a new '
+        'session goes on from the last trusted pose, the map stays'
+    )
 
 
 def make_session(model, config: CoreConfig) -> StreamSession:

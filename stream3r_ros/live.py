@@ -16,6 +16,7 @@ from stream3r_core.backend.sensors import Sensed
 from stream3r_core.errors import InputError, Stream3rError, first_line
 from stream3r_core.evaluation.trajectory import Trajectory
 from stream3r_core.image import prepare
+from stream3r_core.pipeline import incomplete_memory
 from stream3r_core.slam import SubmapReconstructor, make_reconstructor
 from stream3r_core.types import FramePrediction
 from stream3r_ros.calibration import Calibrator
@@ -169,10 +170,7 @@ class LiveReconstruction:
             self._count_lost_of_chunk(num_waiting)
             if self._reconstructor.session.is_broken:
                 self._begin_from_trusted_pose('incomplete_memory')
-                raise InputError(
-                    f'{type(error).__name__} while the memory of the stream was being stored '
-                    f'({error}): a new session goes on from the last trusted pose, the map stays'
-                ) from error
+                raise incomplete_memory(error) from error
             raise
         # Outside the handler: the exception holds the tensors of the failed image.
         self._reconstructor.release_session()

@@ -15,7 +15,12 @@ from stream3r_core.errors import ConfigError, DataError, InputError, Stream3rErr
 from stream3r_core.evaluation.trajectory import Trajectory, ate
 from stream3r_core.evaluation.trajectory_files import read_trajectory
 from stream3r_core.mapping import VoxelMap
-from stream3r_core.pipeline import Reconstructor, load_configured_model, reconstruct_photos
+from stream3r_core.pipeline import (
+    Reconstructor,
+    incomplete_memory,
+    load_configured_model,
+    reconstruct_photos,
+)
 from stream3r_core.slam import SubmapReconstructor, make_reconstructor
 from stream3r_ros.bag import BagReader
 from stream3r_ros.config import NodeConfig
@@ -227,17 +232,43 @@ def _check_order(stamp_ns: int, stamps: StampOrder, config: NodeConfig) -> None:
 
 def _stream_predictions(frames, reconstructor: Reconstructor, report: Report):
     waiting: deque[Frame] = deque()  # without their images; their chunk is not full
+    last_pose = None
     for frame in frames:
         try:
             predictions = reconstructor.feed(frame.rgb, frame.stamp_ns, frame.K)
         except InputError as error:
             report.refuse(error)
             continue
+        except Exception as error:
+            if not reconstructor.session.is_broken:
+                raise
+            for _ in (frame, *waiting):
+                report.refuse(incomplete_memory(error))
+            waiting.clear()
+            _begin_from(last_pose, reconstructor)
+            continue
         waiting.append(frame._replace(rgb=None))
         for prediction in predictions:
+            last_pose = prediction.T_world_camera
             yield prediction, waiting.popleft()
-    for prediction in reconstructor.flush():
+    try:
+        predictions = reconstructor.flush()
+    except Exception as error:
+        if not reconstructor.session.is_broken:
+            raise
+        for _ in waiting:
+            report.refuse(incomplete_memory(error))
+        return
+    for prediction in predictions:
         yield prediction, waiting.popleft()
+
+
+def _begin_from(T_world_camera, reconstructor: Reconstructor) -> None:
+    """Start a new session in the same map."""
+    if T_world_camera is None:
+        reconstructor.reset(keep_map=True)
+    else:
+        reconstructor.restart_at(T_world_camera)
 
 
 def _photo_predictions(frames, model, config: NodeConfig, voxel_map: VoxelMap):

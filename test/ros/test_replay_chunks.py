@@ -4,6 +4,7 @@ import pytest
 from recordings import recorded, replay, stamp, write_images
 
 from stream3r_core.evaluation.trajectory_files import read_trajectory
+from stream3r_core.session import StreamSession
 from stream3r_ros.cli import main
 from stream3r_ros.conversions import stamp_ns
 
@@ -38,3 +39,31 @@ def test_every_image_of_a_chunk_comes_out_with_its_stamp(tmp_path, mode, tree, c
     assert trajectory.stamps_ns.tolist() == STAMPS
     transforms = recorded(tmp_path / 'out')['/tf']
     assert [stamp_ns(m.transforms[0]) for m in transforms] == STAMPS
+
+
+@pytest.mark.parametrize('backend', ['none', 'submaps'])
+def test_a_step_that_cannot_be_stored_costs_its_image_and_not_the_run(
+    tmp_path, monkeypatch, backend
+):
+    stored, commit = [], StreamSession._commit
+
+    def commit_or_fail(self, *args, **kwargs):
+        stored.append(self)
+        if len(stored) == 3:
+            raise MemoryError('no room')
+        return commit(self, *args, **kwargs)
+
+    monkeypatch.setattr(StreamSession, '_commit', commit_or_fail)
+    sets = [f'backend.kind={backend}', 'model.weights=random', 'image.long_side=56']
+    summary = replay(
+        tmp_path / 'out',
+        write_images(tmp_path / 'bag'),
+        *(part for pair in sets for part in ('--set', pair)),
+    )
+    assert (summary['images_in'], summary['images_out']) == (6, 5)
+    (refused,) = summary['refused']
+    assert 'no room' in refused and 'a new session goes on from the last trusted pose' in refused
+    trajectory = read_trajectory(tmp_path / 'out' / 'trajectory.tum')
+    assert trajectory.stamps_ns.tolist() == [s for s in STAMPS if s != STAMPS[2]]
+    if backend == 'submaps':
+        assert summary['backend']['submaps'] == 2
