@@ -7,6 +7,8 @@ import pytest
 import yaml
 from node_harness import CAMERA_FRAME, NodeUnderTest, matrix
 from recordings import MESSAGES, recorded
+from safetensors.numpy import load_file
+from scipy.spatial import cKDTree
 from scipy.spatial.transform import Rotation
 
 from stream3r_core.evaluation.trajectory import ate
@@ -38,10 +40,11 @@ SCRIPTED_NODE = f"""
 import sys
 import stream3r_ros.managed_node as node
 from stream3r_ros.cli import main
-from stream3r_core.synthetic.front_end import SimulatedFrontEnd, make_walk
+from stream3r_core.synthetic.front_end import Disturbance, SimulatedFrontEnd, make_walk
 from stream3r_core.synthetic.scripted import SIZE_HW, ScriptedNetwork
 walk = make_walk('laps', 0, size_m=0.4)
-front_end = SimulatedFrontEnd(walk, 0, session_frames={FRAMES}, size_hw=SIZE_HW)
+drift = Disturbance(scale=0.03, rotation_deg=1.0, translation=0.02, depth_noise=0.003, outliers=0)
+front_end = SimulatedFrontEnd(walk, 0, drift, session_frames={FRAMES}, size_hw=SIZE_HW)
 node.load_configured_model = lambda options: ScriptedNetwork(front_end)
 sys.exit(main(sys.argv[1:]))
 """
@@ -132,9 +135,9 @@ def test_a_replay_writes_where_all_frames_lie_at_the_end(walk, tmp_path, monkeyp
 def test_after_a_closed_loop_transform_path_and_map_agree(walk, spawn, node, spin_until, tmp_path):
     observer, node = node, NodeUnderTest(spawn, node, spin_until, tmp_path / 'node.log')
     parameters = {
-        **BACKEND, 'status.period_s': 0.1, 'save_map.directory': tmp_path / 'saved',
-        'outputs.path.max_rate_hz': 0.0, 'outputs.map.period_s': 0.1,
-        'outputs.map_changes.period_s': 0.1,
+        **BACKEND, 'mapping.voxel_size': 0.2, 'status.period_s': 0.1,
+        'save_map.directory': tmp_path / 'saved', 'outputs.path.max_rate_hz': 0.0,
+        'outputs.map.period_s': 0.1, 'outputs.map_changes.period_s': 0.1,
     }  # fmt: skip
     words = [word for name, value in parameters.items() for word in ('-p', f'{name}:={value}')]
     with node.log_file.open('w') as log:
@@ -181,11 +184,41 @@ def test_after_a_closed_loop_transform_path_and_map_agree(walk, spawn, node, spi
     np.testing.assert_allclose(newest, matrix_of_pose(path.poses[-1].pose), atol=2e-2)
     followed = _followed(late)
     assert np.quantile(distance_to(followed[::50], cloud.points_xyz), 0.99) < 0.05
+    # what the first and the second round saw of the same walls: two layers before, one after
+    before, after = layers(tmp_path / 'saved' / 'map.safetensors', points_of(last), second=45)
+    assert before > 0.2 and after < 0.1, (before, after)
     # the path at first, as it was said then, is another one: it has moved
     first = {stamp_ns(p): matrix_of_pose(p.pose) for p in node.received['~/path'][-1].poses}
     said = {stamp_ns(t): matrix(t.transform) for t in transforms}
     moved = [np.linalg.norm(first[s][:3, 3] - said[s][:3, 3]) for s in stamps]
     assert max(moved) > 0.01
+
+
+def layers(map_file, published, second):
+    """Median distance [m] from walls of the second round to those of the first.
+
+    Without loops, from the saved map, and in the published map, whose rows are those of the
+    submaps in their order. Walls are what lies at the height of the camera.
+    """
+    submaps = load_file(map_file)
+    keys = sorted({int(name.split('.')[1]) for name in submaps if name.startswith('submap.')})
+    without, start = {1: [], 2: []}, 0
+    with_loops = {1: [], 2: []}
+    for key in keys:
+        frames, points = (submaps[f'submap.{key}.{n}'] for n in ('frame_ids', 'points_xyz'))
+        S = submaps[f'submap.{key}.S_odom_submap']
+        chain = points @ S[:3, :3].T + S[:3, 3]
+        now = published[start : start + len(points)]
+        start += len(points)
+        round_of = 1 if frames[-1] < second else 2 if frames[0] >= second else 0
+        if round_of:
+            without[round_of].append(chain[np.abs(chain[:, 1]) < 0.6][:, [0, 2]])  # optical axes
+            with_loops[round_of].append(now[np.abs(now[:, 2]) < 0.6][:, :2])  # map, z up
+    assert start == len(published)
+    return [
+        np.median(cKDTree(np.concatenate(w[1])).query(np.concatenate(w[2]))[0])
+        for w in (without, with_loops)
+    ]
 
 
 def _live_image(node, frame):
