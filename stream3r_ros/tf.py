@@ -26,6 +26,11 @@ def check_frames(config: NodeConfig) -> None:
         raise ConfigError("map_frame must not be empty; REP-105 calls it 'map'")
     if config.scale.source == 'odometry' and not config.odom_frame:
         raise ConfigError("scale.source is 'odometry': set odom_frame to its frame on /tf")
+    if config.backend.load and config.odom_frame and config.map_orientation == 'level':
+        raise ConfigError(
+            "backend.load: map_orientation 'level' with odom_frame would lay the saved map by the "
+            "attitude of today's first image; set map_orientation to 'camera'"
+        )
     taken: dict[str, str] = {}
     for name in ('map_frame', 'odom_frame', 'base_frame', 'camera_frame'):
         frame = getattr(config, name)

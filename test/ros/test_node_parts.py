@@ -232,6 +232,13 @@ def test_frames_that_cannot_be_are_refused_at_the_start(frames):
         check_frames(NodeConfig(**frames))
 
 
+def test_a_saved_map_is_not_laid_by_the_attitude_of_another_day():
+    config = nest({'backend.load': 'home.safetensors', 'map_orientation': 'level'})
+    check_frames(from_dict(NodeConfig, config))
+    with pytest.raises(ConfigError, match="set map_orientation to 'camera'"):
+        check_frames(from_dict(NodeConfig, {**config, 'odom_frame': 'odom'}))
+
+
 def test_the_shipped_parameter_file_states_the_defaults_and_all_options_of_the_node():
     text = resource('config/reconstruct.yaml').read_text()
     stated = flatten_mapping(read_options(resource('config/reconstruct.yaml')))
