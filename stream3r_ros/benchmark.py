@@ -21,6 +21,7 @@ from stream3r_core.config import model_config
 from stream3r_core.errors import ConfigError, Stream3rError
 from stream3r_core.evaluation.jobs import run_jobs
 from stream3r_core.files import atomic_write
+from stream3r_core.types import FramePrediction
 from stream3r_ros.config import NodeConfig
 from stream3r_ros.environment import private_graph
 from stream3r_ros.interfaces import ensure_tf2_msgs
@@ -177,7 +178,12 @@ def _publisher(config: NodeConfig) -> Iterator[Publish]:
             publishers = Publishers(node, config)
             _subscribe(node)
             camera = Carrier(CAMERA_FRAME, np.eye(4))
-            yield lambda frame: publishers.publish(frame, CAMERA_FRAME, config, camera, camera)
+
+            def publish(frame: FramePrediction) -> None:
+                publishers.publish(frame, CAMERA_FRAME, config, camera, camera)
+                publishers.finish()
+
+            yield publish
         finally:
             node.destroy_node()
             rclpy.try_shutdown(context=context)

@@ -133,10 +133,12 @@ class LiveReconstruction:
     def finish_chunk(self, config: NodeConfig) -> None:
         """Process and publish the images that wait for their chunk to fill (cache.chunk_size).
 
-        Whatever error prevents it is raised; the images then count as dropped.
+        Returns when all messages are sent. Whatever error prevents it is raised; the images then
+        count as dropped.
         """
         if self.num_waiting:
             self._publish(self._predictions(self._reconstructor.flush), config)
+        self._publishers.finish()
 
     @property
     def num_waiting(self) -> int:

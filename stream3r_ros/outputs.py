@@ -200,7 +200,7 @@ class FrameOutputs:
         """``frames`` went before; ``before``: stamp and T_world_camera of the last of them."""
         self._outputs = outputs
         self._lens, self._frames, self._before = lens, frames, before
-        self._messages = outputs.messages
+        self._messages, self._mapping = outputs.messages, outputs.mapping
         self._prediction = prediction
         self._depth = prediction.depth * outputs.scale
         self._camera_header = (prediction.stamp_ns, camera_frame)
@@ -318,7 +318,7 @@ class FrameOutputs:
         """
         p = self._prediction
         confidence = p.depth_conf.numpy()
-        keep = reliable_pixels(p.depth.numpy(), confidence, self._outputs.mapping)
+        keep = reliable_pixels(p.depth.numpy(), confidence, self._mapping)
         points_camera = unproject(self._depth, p.K).numpy()[keep]
         return self._messages.cloud(
             points_camera, p.rgb.numpy()[keep], confidence[keep], *self._camera_header

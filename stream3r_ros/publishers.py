@@ -1,5 +1,6 @@
 """The node's output topics: what is switched on, due and wanted is built and sent."""
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from rclpy.node import Node
@@ -31,6 +32,9 @@ class Publishers:
     Per-frame topics are built only for subscribers; TF goes out with every frame, and path and
     map, which late subscribers get too, at their own pace. Only what publishes the map or the grid
     may be called from other threads than the rest.
+
+    Poses go out at once; the images and the cloud of a frame on a thread of their own, beside the
+    network's work on the next frame. One frame at most waits for that, and none is overtaken.
     """
 
     def __init__(self, node: Node, config: NodeConfig):
@@ -42,6 +46,8 @@ class Publishers:
         self._num_listeners = 0  # of ~/map_changes
         self._last_stamp_ns: int | None = None  # of the session
         self._sends_path = True
+        self._sender = ThreadPoolExecutor(1, 'publishing')
+        self._sending: Future | None = None
 
     def reset(self) -> None:
         """Begin a new session: an empty path, and no memory of earlier stamps."""
@@ -72,14 +78,22 @@ class Publishers:
             name: self._is_due(name, getattr(config.outputs, name), frame.stamp_ns)
             for name in {*SWITCHES.values(), 'odometry', 'path'}
         }
-        for topic in FRAME_TOPICS:
-            if topic in SWITCHES and due[SWITCHES[topic]]:
-                self._send_if_wanted(topic, frame)
+        if due['pose'] and self._is_wanted('~/pose'):
+            self._send('~/pose', frame.pose)
         if body is not None and due['odometry'] and self._is_wanted('~/odometry'):
             self._send('~/odometry', frame.odometry(body))
         if due['path']:
             self._send('~/path', self.outputs.path(frame.stamp_ns))
+        images = [t for t in FRAME_TOPICS if t in SWITCHES and t != '~/pose' and due[SWITCHES[t]]]
+        self.finish()
+        self._sending = self._sender.submit(self._send_wanted, images, frame)
         return frame
+
+    def finish(self) -> None:
+        """Wait until all of the last frame is sent; raises what prevented it."""
+        sending, self._sending = self._sending, None
+        if sending is not None:
+            sending.result()
 
     def publish_path(self) -> None:
         """Send the path as it is now, whenever it was last sent; its poses have moved."""
@@ -122,9 +136,10 @@ class Publishers:
         limit = self._limits.setdefault(name, RateLimit())
         return option.enabled and limit.is_due(stamp_ns, option.max_rate_hz)
 
-    def _send_if_wanted(self, topic: str, frame: FrameOutputs) -> None:
-        if self._is_wanted(topic):
-            self._send(topic, frame.message(topic))
+    def _send_wanted(self, topics: list[str], frame: FrameOutputs) -> None:
+        for topic in topics:
+            if self._is_wanted(topic):
+                self._send(topic, frame.message(topic))
 
     def _is_wanted(self, topic: str) -> bool:
         return self._publishers[topic].get_subscription_count() > 0
