@@ -111,7 +111,8 @@ def draw(footage: Footage, outcomes: dict[str, Outcome], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.2 * len(outcomes), 4.2), layout='constrained')
-    (across, ahead), (_, upward) = views(footage.truth.T_world_camera)
+    above, side = views(footage.truth.T_world_camera)
+    across, ahead, upward = above.horizontal, above.vertical, side.vertical
     margin = np.full(3, MARGIN_M)
     margin[upward] = SLICE_M
     panels = figure.subplots(1, len(outcomes), sharex=True, sharey=True)
@@ -128,6 +129,7 @@ def draw(footage: Footage, outcomes: dict[str, Outcome], path: Path) -> None:
         axes.set_title(f'{kind}: ATE {result.rmse:.2f} m after Sim(3)', fontsize=9)
         axes.set_aspect('equal')
         axes.tick_params(labelsize=7)
+    above.orient(panels[0])  # the panels share their axes
     panels[0].legend(fontsize=7)
     figure.savefig(path, dpi=90)
 
