@@ -31,7 +31,7 @@ PARAMETERS = {
     'save_directory': ('save_map.directory', 'folder that ~/save_map writes into'),
 }
 # Topics of config/reconstruct.rviz, which shows the node of this launch wherever it is.
-SHOWN = ('cloud', 'map', 'path', 'pose', 'depth/image', 'depth/camera_info')
+SHOWN = ('cloud', 'map', 'path', 'pose', 'depth/image', 'depth/camera_info', 'occupancy_grid')
 
 
 def generate_launch_description() -> LaunchDescription:

@@ -71,6 +71,8 @@ class Calibrator:
 
     def _prepare(self, info: Any, view: CameraView) -> Callable[[np.ndarray, int], Calibrated]:
         K, size_wh = view.K, view.size_hw[::-1]
+        if not np.isfinite(distortion(info)).all():
+            raise InputError(f'camera_info: the distortion is not finite: {distortion(info)}')
         if not any(distortion(info)):
             return lambda image, _: Calibrated(image, K, PINHOLE)
         if self._rectify == 'never':
@@ -145,8 +147,6 @@ def checked_coefficients(info: Any) -> np.ndarray:
             f'camera_info: {model} takes {_NUM_COEFFICIENTS[model]} coefficients, '
             f'got {len(coefficients)}'
         )
-    if not np.isfinite(coefficients).all():
-        raise InputError(f'camera_info: the distortion is not finite: {coefficients.tolist()}')
     return coefficients
 
 

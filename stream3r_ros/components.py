@@ -29,7 +29,7 @@ def component(name: str) -> Any:
     """Return a module, None where it is not installed or was built for another numpy."""
     try:
         return import_module(name)
-    except (ImportError, AttributeError):
+    except (ImportError, AttributeError, ValueError):
         return None
 
 

@@ -23,7 +23,7 @@ class FrameFigures:
     num_processed: int
     rate_in_hz: float
     rate_out_hz: float
-    latency_p50_ms: float  # arrival of the image to its last published message; NaN: no frame yet
+    latency_p50_ms: float  # arrival of the image to its pose, odometry and path; NaN: no frame yet
     latency_p95_ms: float
 
 
@@ -156,7 +156,7 @@ class FrameStatistics:
         return now
 
     def processed(self, arrival: float) -> None:
-        """Note that all that is published of the image that came at ``arrival`` has left."""
+        """Note that the pose of the image that came at ``arrival`` has left (pictures follow)."""
         now = self._clock()
         with self._lock:
             self._num_processed += 1

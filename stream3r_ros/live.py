@@ -70,9 +70,10 @@ class LiveReconstruction:
         self._device = next(model.parameters()).device
         self._stamps = StampOrder()
         self._map_stamp_ns: int | None = None
-        self._published_version = self._reconstructor.map.version, 1.0
-        self._sent_scale, self._sent_version = 1.0, -1  # of the map, on ~/map_changes
-        self._gridded: tuple[int, float] | None = None  # version and scale of the last grid
+        current = self._reconstructor.map
+        self._published_version = current, current.version, 1.0
+        self._sent, self._sent_version = (current, 1.0), -1  # map and scale, on ~/map_changes
+        self._gridded: tuple | None = None  # map, version and scale of the last grid
         self._warn_of_grid = Throttled(_log.warning, quiet_s=float('inf'))
         self._tan_half_width = 0.0  # of the newest image's field of view
         self._is_new = True
@@ -136,9 +137,11 @@ class LiveReconstruction:
         Returns when all messages are sent. Whatever error prevents it is raised; the images then
         count as dropped.
         """
-        if self.num_waiting:
-            self._publish(self._predictions(self._reconstructor.flush), config)
-        self._publishers.finish()
+        try:
+            if self.num_waiting:
+                self._publish(self._predictions(self._reconstructor.flush), config)
+        finally:
+            self._publishers.finish()
 
     @property
     def num_waiting(self) -> int:
@@ -203,8 +206,8 @@ class LiveReconstruction:
         num_moves = self._reconstructor.num_moves
         if num_moves == self._num_moves:
             return
-        self._num_moves = num_moves
         self._publishers.outputs.correct(*self._reconstructor.trajectory())
+        self._num_moves = num_moves
         self._publishers.publish_path()
 
     def close(self) -> None:
@@ -316,25 +319,25 @@ class LiveReconstruction:
     def publish_map(self) -> None:
         """Publish the map unless it is as last time; from any one thread."""
         current = self._reconstructor.map
-        version = current.version, self._publishers.outputs.scale
+        version = current, current.version, self._publishers.outputs.scale
         if version != self._published_version and self._map_stamp_ns is not None:
             self._publishers.publish_map(current.view(), self._map_stamp_ns)
             self._published_version = version
 
     def publish_map_changes(self, max_points: int) -> None:
         """Publish what changed in the map; from any one thread."""
-        scale = self._publishers.outputs.scale
-        if scale != self._sent_scale:  # all voxels move
-            self._sent_version, self._sent_scale = -1, scale
+        current = self._reconstructor.map, self._publishers.outputs.scale
+        if current != self._sent:  # another map, or all voxels move
+            self._sent_version, self._sent = -1, current
         if self._map_stamp_ns is not None:
             self._sent_version = self._publishers.publish_map_changes(
-                self._reconstructor.map, self._sent_version, self._map_stamp_ns, max_points
+                current[0], self._sent_version, self._map_stamp_ns, max_points
             )
 
     def publish_occupancy_grid(self, config: NodeConfig) -> None:
         """Publish the grid of the map unless it is as last time; from any one thread."""
         outputs, current = self._publishers.outputs, self._reconstructor.map
-        version = current.version, outputs.scale
+        version = current, current.version, outputs.scale
         if version == self._gridded or self._map_stamp_ns is None:
             return
         if config.map_orientation == 'camera':

@@ -197,6 +197,7 @@ class Stream3rNode(LifecycleNode):
 
     def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Free network, session and map; waits for the image in work."""
+        wait([self._finish_chunk()], CLEANUP_TIMEOUT_S)
         if not self._inference.stop(CLEANUP_TIMEOUT_S):
             self.get_logger().warning('memory becomes free when the image in work is done')
         self._live.close()
@@ -206,6 +207,13 @@ class Stream3rNode(LifecycleNode):
             torch.cuda.empty_cache()
         self._state = 'unconfigured'
         return super().on_cleanup(state)
+
+    def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Shut images out for good; the map stays for ``save_map.on_exit``."""
+        self._state = 'finalized'
+        if self._live is not None:
+            self._finish_chunk()
+        return super().on_shutdown(state)
 
     def start(self) -> bool:
         """Configure and activate; return whether the node is active."""
@@ -331,7 +339,7 @@ class Stream3rNode(LifecycleNode):
 
     def _report_unfinished_chunk(self, done: Future) -> None:
         if done.exception() is not None and self.context.ok():
-            self.get_logger().error(f'a chunk was dropped: {describe(done.exception())}')
+            self.get_logger().error(f'what waited was not sent: {describe(done.exception())}')
 
     def _on_rejected(self, error: InputError) -> None:
         self._last_rejection = time.monotonic(), str(error)

@@ -54,6 +54,7 @@ class Publishers:
         self.outputs.reset()
         self._limits.clear()
         self._last_stamp_ns = None
+        self._sending = None  # what prevented it has nothing to do with the new session
 
     def publish(
         self,

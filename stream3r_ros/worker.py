@@ -131,6 +131,7 @@ class Worker(Generic[Item]):
     def _run(self) -> None:
         while (work := self._next()) is not None:
             work()
+            del work  # or a thread that waits keeps alive what it worked on
 
     def _next(self) -> Callable[[], None] | None:
         """Wait for the next thing to do; calls go before items. None: stop."""

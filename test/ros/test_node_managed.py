@@ -49,6 +49,17 @@ def test_a_lifecycle_manager_leads_the_node_through_its_states(live, change_stat
     live.wait_for_path(4)  # a new session
 
 
+def test_shutdown_shuts_images_out(live, change_state):
+    live.start()
+    live.connect_camera()
+    live.feed(0)
+    assert change_state(Transition.TRANSITION_ACTIVE_SHUTDOWN)
+    wait_for_state(live, 'finalized')
+    live.camera.publish(live.image(1))
+    live.wait_until(lambda: live.figure('images_dropped.inactive') == 1)
+    assert live.figure('images_processed') == 1
+
+
 def test_configuring_with_missing_weights_fails_and_the_node_stays(live, change_state):
     weights = 'missing.safetensors'
     live.start(wait_until_active=False, **{'autostart': 'false', 'model.weights': weights})

@@ -192,6 +192,11 @@ def test_after_a_closed_loop_transform_path_and_map_agree(walk, spawn, node, spi
     said = {stamp_ns(t): matrix(t.transform) for t in transforms}
     moved = [np.linalg.norm(first[s][:3, 3] - said[s][:3, 3]) for s in stamps]
     assert max(moved) > 0.01
+    # a new session begins a new map, which whoever follows the changes gets in its place
+    assert node.call('reset').success
+    for frame in range(count, count + 3):
+        node.finish(_live_image(node, frame))
+    node.wait_until(lambda: 0 < node.figure('map_points') == len(_followed(late)) < len(cloud))
 
 
 def layers(map_file, published, second):

@@ -123,6 +123,25 @@ def test_a_kept_failure_does_not_keep_the_memory_of_its_item():
     assert worker.stop(TIMEOUT_S)
 
 
+def test_a_worker_that_waits_keeps_nothing_of_what_it_did():
+    class Big:
+        pass
+
+    item, seen = Big(), threading.Event()
+    worker = Worker(lambda item: seen.set(), print, print)
+    worker.start()
+    alive = weakref.ref(item)
+    worker.offer(item)
+    assert seen.wait(TIMEOUT_S)
+    del item
+    for _ in range(1000):  # the thread lets go of it just after ``seen``
+        if alive() is None:
+            break
+        threading.Event().wait(0.01)
+    assert alive() is None
+    assert worker.stop(TIMEOUT_S)
+
+
 def test_what_waited_behind_a_failure_is_dropped_and_counted(harness):
     blocked = threading.Event()
 
