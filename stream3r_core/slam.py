@@ -197,6 +197,7 @@ class SubmapReconstructor:
         """Wait until the back end has done all there is to do; no prediction waits."""
         num_moves = self.num_moves
         if self._worker is None:
+            self.backend.join_rest()  # a worker that was closed has dropped what waited
             self.backend.settle()
         else:
             self._worker.flush()
@@ -264,5 +265,9 @@ def make_reconstructor(
 ) -> Reconstructor | SubmapReconstructor:
     """Return what ``config.backend.kind`` asks for; arguments of :class:`SubmapReconstructor`."""
     if config.backend.kind == 'none':
+        if config.backend.load or config.backend.localize_only:
+            raise ConfigError(
+                "backend.load and backend.localize_only need backend.kind 'submaps', got 'none'"
+            )
         return Reconstructor(model, config)
     return SubmapReconstructor(model, config, in_background, on_moved, sense)

@@ -225,12 +225,12 @@ class Atlas:
         """
         with self.lock:
             self._thin_points()
-            poses = _surplus(self._frame_ids(), self.config.max_poses)
-            images = _surplus(
+            poses = evenly_spaced(self._frame_ids(), self.config.max_poses)
+            images = evenly_spaced(
                 [k.frame_id for k in self._keyframes() if k.image_rgb is not None],
                 self.config.max_images,
             )
-            keyframes = _surplus(
+            keyframes = evenly_spaced(
                 [k.frame_id for k in self._keyframes()], self.config.max_keyframes
             )
             for submap in self.submaps.values():
@@ -289,9 +289,15 @@ def _present(S_map_submap, numbers, cloud: MapCloud, weight) -> SubmapRows:
     return SubmapRows(S_map_submap, numbers[there], cloud, weight[there])
 
 
-def _surplus(numbers: list[int], budget: int) -> set[int] | None:
-    """Evenly spaced ones to keep where there are too many; None: all may stay."""
+def evenly_spaced(numbers: list[int], budget: int) -> set[int] | None:
+    """Those to keep where there are too many, spread evenly over the way; None: all may stay.
+
+    Every nth would leave fewer of the old ones each time.
+    """
     if len(numbers) <= budget:
         return None
-    chosen = np.linspace(0, len(numbers) - 1, int(_SLACK * budget)).round().astype(int)
-    return {numbers[i] for i in chosen}
+    there = np.sort(numbers)
+    wanted = np.linspace(there[0], there[-1], max(1, int(_SLACK * budget)))
+    at = np.clip(np.searchsorted(there, wanted), min(1, len(there) - 1), len(there) - 1)
+    at -= wanted - there[at - 1] <= there[at] - wanted
+    return set(there[np.unique(at)].tolist())

@@ -369,6 +369,11 @@ class SubmapBackend:
                     poses[key] = poses[joint.previous] @ joint.S_previous_key
             return self.atlas.place(poses)
 
+    def join_rest(self) -> None:
+        """Let the graph know submaps whose frames were tracked and never followed."""
+        for key, joint in list(self._unjoined.items()):
+            self._enter_graph(key, joint)
+
     def settle(self, max_updates: int = 100) -> bool:
         """Optimise until nothing is left to do, as at the end of a recording; whether it ended."""
         for _ in range(max_updates):

@@ -73,8 +73,9 @@ class Localizer(SubmapBackend):
 
     def trajectory(self, corrected: bool = True):
         """Return frame_ids, stamps_ns and poses of this run; none before the place is known."""
+        is_known = self.is_localized or not corrected  # asked first: the places come before it
         frame_ids, stamps_ns, poses = super().trajectory(corrected)
-        known = slice(None if self.is_localized or not corrected else 0)
+        known = slice(None if is_known else 0)
         return frame_ids[known], stamps_ns[known], poses[known]
 
     def settle(self, max_updates: int = 100) -> bool:
@@ -141,8 +142,8 @@ class Localizer(SubmapBackend):
             return
         self._doubted.clear()
         is_first = not self.is_localized
-        self._covariance = sighting.covariance
         self._place_live(sighting.S_map_submap, with_past=is_first)
+        self._covariance = sighting.covariance  # others read from it that the place is known
         for friend in friends:
             self._correct(self._live.S_map_submap(key), friend)
 

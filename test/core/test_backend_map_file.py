@@ -82,6 +82,23 @@ def test_a_robot_that_wakes_elsewhere_in_a_saved_map_finds_its_place(mapped, tmp
     assert together < 1.5 * ate(backend.trajectory()[2], walk.T_world_camera) + 0.05
 
 
+def test_a_map_is_whole_though_its_last_frames_were_never_followed(tmp_path):
+    front_end = SimulatedFrontEnd(make_walk('corridor', 0, size_m=0.3), 0, session_frames=24)
+    backend = make_backend(front_end)
+    frames = [p for r in (range(24), range(21, 45)) for p in front_end.session(r)]
+    for frame, prediction in frames[:35]:
+        update = backend.track(prediction, frame)
+        if frame < 20:
+            backend.follow(update, lambda frame=frame: front_end.descriptor(frame))
+    assert len(backend.graph) < len(backend.atlas.submaps)  # as after a worker was closed
+    backend.join_rest()
+    backend.settle()
+    save_map(backend, tmp_path / 'home.safetensors')
+    loaded = make_backend(front_end)
+    load_map(loaded, tmp_path / 'home.safetensors')
+    assert len(loaded.graph) == len(loaded.atlas.submaps) == len(backend.atlas.submaps)
+
+
 def test_a_file_that_is_no_map_is_refused_in_one_line(mapped, tmp_path):
     _, front_end, backend = mapped
     save_map(backend, tmp_path / 'whole.map')

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from stream3r_core.backend import sim3
-from stream3r_core.backend.atlas import Atlas
+from stream3r_core.backend.atlas import Atlas, evenly_spaced
 from stream3r_core.backend.config import SubmapConfig
 from stream3r_core.backend.submap import NO_STAMP, Submap, thin_cloud
 from stream3r_core.mapping import MapCloud
@@ -73,6 +73,16 @@ def test_point_budget_takes_from_the_largest_and_tells_it():
     change = atlas.changed_since(version)
     assert 1 in change.rows and 0 not in change.rows
     np.testing.assert_array_equal(change.gone[1], np.arange(atlas.submaps[1].num_points, 900))
+
+
+def test_thinning_again_and_again_leaves_all_of_the_way_known():
+    numbers = []
+    for number in range(3000):
+        numbers.append(number)
+        numbers = sorted(evenly_spaced(numbers, budget=100) or numbers)
+    assert len(numbers) <= 100
+    tenths, _ = np.histogram(numbers, 10, (0, 3000))
+    assert tenths.min() >= 5, tenths
 
 
 def test_surplus_folds_the_shortest_neighbours_and_never_the_newest():
