@@ -9,9 +9,8 @@ import math
 import torch
 from torch import Tensor
 
-from stream3r_core.kernels.reference import Attention
+from stream3r_core.kernels.reference import LOG2_E, Attention
 
-LOG2_E = 1.4426950408889634
 BLOCK_BYTES = 1 << 22  # logits of a block of keys stay in the caches of a processor
 SAFE = 64.0  # 2^64 times 2^62 tokens is no overflow, and 2^-64 is far from underflow
 BLIND = -1e30  # instead of -inf where a query has not seen any key yet

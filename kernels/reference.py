@@ -1,9 +1,12 @@
 """Attention written to be read: the specification that every other backend is tested against."""
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+LOG2_E = math.log2(math.e)  # the fast backends count in powers of 2
 
 
 class Attention(NamedTuple):

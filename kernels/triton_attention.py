@@ -6,7 +6,6 @@ whose log-sum-exp pass 1 has left, so every key is written once, without atomics
 same from run to run. Works on the CPU under ``TRITON_INTERPRET=1`` (tests).
 """
 
-import math
 import os
 
 import torch
@@ -14,9 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stream3r_core.kernels.reference import Attention, subsample_size
+from stream3r_core.kernels.reference import LOG2_E, Attention, subsample_size
 
-LOG2_E = math.log2(math.e)
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'  # read by Triton at import, too
 
 
@@ -35,6 +33,25 @@ def _logits_base2(q, k, bias, scale, HAS_BIAS: tl.constexpr, INTERPRET: tl.const
     if HAS_BIAS:
         logits += bias[None, :] * 1.4426950408889634
     return logits
+
+
+@triton.jit
+def _load_bias(bias_ptr, batch, head, keys, N, bias_b, bias_h, bias_n):
+    """Load the bias of a tile of keys [BLOCK_N] as float32; 0 beyond the last one."""
+    bias_tile = bias_ptr + batch * bias_b + head * bias_h + keys * bias_n
+    return tl.load(bias_tile, mask=keys < N, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _softmax_step(logits, keys, N, peak, total):
+    """Take in a tile of logits to the base 2; returns weights, decay of what was, peak, total."""
+    logits = tl.where((keys < N)[None, :], logits, float('-inf'))
+    new_peak = tl.maximum(peak, tl.max(logits, 1))
+    # A tile of masked keys must not turn -inf - -inf into NaN.
+    finite_peak = tl.where(new_peak == float('-inf'), 0.0, new_peak)
+    weights = tl.exp2(logits - finite_peak[:, None])
+    decay = tl.exp2(peak - finite_peak)
+    return weights, decay, new_peak, total * decay + tl.sum(weights, 1)
 
 
 @triton.jit
@@ -62,20 +79,12 @@ def _forward_kernel(
         k = tl.load(k_tile, mask=key_mask, other=0.0)
         bias = tl.zeros([BLOCK_N], tl.float32)
         if HAS_BIAS:
-            bias_tile = bias_ptr + batch * bias_b + head * bias_h + keys * bias_n
-            bias = tl.load(bias_tile, mask=keys < N, other=0.0).to(tl.float32)
+            bias = _load_bias(bias_ptr, batch, head, keys, N, bias_b, bias_h, bias_n)
         logits = _logits_base2(q, k, bias, scale, HAS_BIAS, INTERPRET)
-        logits = tl.where((keys < N)[None, :], logits, float('-inf'))
-        new_peak = tl.maximum(peak, tl.max(logits, 1))
-        # A tile of masked keys must not turn -inf - -inf into NaN.
-        finite_peak = tl.where(new_peak == float('-inf'), 0.0, new_peak)
-        weights = tl.exp2(logits - finite_peak[:, None])
-        decay = tl.exp2(peak - finite_peak)
-        total = total * decay + tl.sum(weights, 1)
+        weights, decay, peak, total = _softmax_step(logits, keys, N, peak, total)
         v_tile = v_ptr + batch * v_b + head * v_h + keys[:, None] * v_n + channels[None, :]
         v = tl.load(v_tile, mask=key_mask, other=0.0)
         acc = acc * decay[:, None] + _dot(weights.to(v.dtype), v, INTERPRET)
-        peak = new_peak
     blind = total == 0.0  # rows that see no key
     safe_total = tl.where(blind, 1.0, total)
     out = acc / safe_total[:, None]
@@ -102,8 +111,7 @@ def _column_sum_kernel(
     k = tl.load(k_tile, mask=key_mask, other=0.0)
     bias = tl.zeros([BLOCK_N], tl.float32)
     if HAS_BIAS:
-        bias_tile = bias_ptr + batch * bias_b + head * bias_h + keys * bias_n
-        bias = tl.load(bias_tile, mask=keys < N, other=0.0).to(tl.float32)
+        bias = _load_bias(bias_ptr, batch, head, keys, N, bias_b, bias_h, bias_n)
     sums = tl.zeros([BLOCK_N], tl.float32)
     for start in range(0, num_rows, BLOCK_M):
         sample = start + tl.arange(0, BLOCK_M)

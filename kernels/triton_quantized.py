@@ -11,8 +11,14 @@ import triton.language as tl
 from torch import Tensor
 
 from stream3r_core.kernels.quantized import Quantized
-from stream3r_core.kernels.reference import Attention
-from stream3r_core.kernels.triton_attention import INTERPRETED, LOG2_E, _bias_row, _dot
+from stream3r_core.kernels.reference import LOG2_E, Attention
+from stream3r_core.kernels.triton_attention import (
+    INTERPRETED,
+    _bias_row,
+    _dot,
+    _load_bias,
+    _softmax_step,
+)
 
 
 @triton.jit
@@ -64,16 +70,9 @@ def _kernel(
         logits += _dot(q_high, tl.trans(k_high), INTERPRET)
         logits = logits * (k_scale * scale)[None, :]
         if HAS_BIAS:
-            bias_tile = bias_ptr + batch * bias_b + head * bias_h + keys * bias_n
-            bias = tl.load(bias_tile, mask=keys < N, other=0.0).to(tl.float32)
+            bias = _load_bias(bias_ptr, batch, head, keys, N, bias_b, bias_h, bias_n)
             logits += bias[None, :] * 1.4426950408889634
-        logits = tl.where((keys < N)[None, :], logits, float('-inf'))
-        new_peak = tl.maximum(peak, tl.max(logits, 1))
-        # A tile of masked keys must not turn -inf - -inf into NaN.
-        finite_peak = tl.where(new_peak == float('-inf'), 0.0, new_peak)
-        weights = tl.exp2(logits - finite_peak[:, None])
-        decay = tl.exp2(peak - finite_peak)
-        total = total * decay + tl.sum(weights, 1)
+        weights, decay, peak, total = _softmax_step(logits, keys, N, peak, total)
         v_base = v_ptr + batch * v_b + head * v_h
         v_low, v_high = _halves(
             v_base, keys[:, None] * v_n + channels[None, :], mask, half, PACKED, q_low.dtype
@@ -84,7 +83,6 @@ def _kernel(
         weights = (weights * v_scale[None, :]).to(q_low.dtype)
         low = low * decay[:, None] + _dot(weights, v_low, INTERPRET)
         high = high * decay[:, None] + _dot(weights, v_high, INTERPRET)
-        peak = new_peak
     safe_total = tl.where(total == 0.0, 1.0, total)  # rows that see no key
     out_tile = out_ptr + batch * out_b + head * out_h + rows[:, None] * out_m + channels[None, :]
     out_type = out_ptr.dtype.element_ty

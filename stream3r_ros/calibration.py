@@ -3,6 +3,7 @@
 One path for node and replay. A rectified image shows only what the camera saw: no black margin.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -71,8 +72,6 @@ class Calibrator:
 
     def _prepare(self, info: Any, view: CameraView) -> Callable[[np.ndarray, int], Calibrated]:
         K, size_wh = view.K, view.size_hw[::-1]
-        if not np.isfinite(distortion(info)).all():
-            raise InputError(f'camera_info: the distortion is not finite: {distortion(info)}')
         if not any(distortion(info)):
             return lambda image, _: Calibrated(image, K, PINHOLE)
         if self._rectify == 'never':
@@ -160,6 +159,9 @@ def contents(info: Any) -> tuple:
 
 
 def distortion(info: Any) -> list[float]:
-    """Return the distortion coefficients of a CameraInfo of ROS 1 or 2."""
+    """Return the distortion of a CameraInfo of ROS 1 or 2; raises InputError unless finite."""
     d = info.d if hasattr(info, 'd') else info.D  # ROS 1 writes it in capitals
-    return list(map(float, d))
+    coefficients = list(map(float, d))
+    if not all(map(math.isfinite, coefficients)):
+        raise InputError(f'camera_info: the distortion is not finite: {coefficients}')
+    return coefficients

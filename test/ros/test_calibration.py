@@ -119,6 +119,11 @@ def test_never_leaves_the_image_and_says_what_distortion_it_has(model, d):
     np.testing.assert_array_equal(calibrated.K, K)
 
 
+def test_never_refuses_a_distortion_that_is_no_number():
+    with pytest.raises(InputError, match='not finite'):
+        Calibrator('never')(dot(50, 60), camera_info('plumb_bob', [0.1, np.nan, 0, 0, 0]))
+
+
 def test_another_calibration_takes_effect_and_the_first_one_again():
     image, calibrate = dot(50, 60), Calibrator()
     infos = [camera_info(model, LENSES[model]) for model in ('plumb_bob', 'equidistant')]

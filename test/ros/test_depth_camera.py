@@ -88,6 +88,11 @@ def test_a_calibration_for_another_size_is_refused():
         scale_of(measured(OPTICAL), 'camera', info(height=99))
 
 
+def test_a_distortion_that_is_no_number_is_refused():
+    with pytest.raises(InputError, match='not finite'):
+        scale_of(measured(OPTICAL), 'camera', info((np.nan, 0.0)))
+
+
 def test_points_beside_or_behind_the_image_do_not_count():
     turned = T_CAMERA_DEPTH.copy()
     turned[:3, :3] = Rotation.from_euler('y', np.pi).as_matrix()
