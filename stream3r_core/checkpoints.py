@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import re
 import zipfile
@@ -32,6 +33,7 @@ SUFFIXES = ('.safetensors', '.pt', '.pth')
 SHIPPED = Path(__file__).parent / 'weights'
 RANDOM_SEED = 0
 
+_log = logging.getLogger(__name__)
 _WRAPPERS = ('state_dict', 'model')
 _PREFIXES = ('module.', 'net.')
 _HUB_ID = re.compile(r'[\w.-]+/[\w.-]+')
@@ -72,8 +74,10 @@ def load_model(
         model = _random_model(config)
     else:
         path, source = _find(preset_or_config, weights, revision)
+        _log.info('reading %s, %.1f MB', path, path.stat().st_size / 1e6)
         model = _model_from_file(config, path, source)
     dtype = dtype or default_dtype(device)
+    _log.info('%d tensors read; moving them to %s', model.weights_info.num_tensors, device)
     model.set_dtype(dtype).to(device).eval()
     for convolutions in (model.aggregator.patch_embed, model.depth_head, model.point_head):
         convolutions.to(memory_format=torch.channels_last)  # what their kernels work in

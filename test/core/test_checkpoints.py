@@ -101,6 +101,15 @@ def test_weights_with_a_track_head_serve_a_network_without_one(tmp_path):
         assert not any(name.startswith('track_head') for name in model.state_dict())
 
 
+def test_loading_says_what_it_is_about_before_it_takes_time(caplog):
+    path = weights_file('stream3r')
+    with caplog.at_level('INFO', 'stream3r_core'):
+        load_model(CONFIG, path)
+    reading, moving = caplog.messages
+    assert reading == f'reading {path}, {path.stat().st_size / 1e6:.1f} MB'
+    assert moving.endswith('moving them to cpu')
+
+
 def test_the_origin_of_weights_is_recorded(tensors):
     path = weights_file('stream3r')
     info = load_model(CONFIG, path).weights_info
