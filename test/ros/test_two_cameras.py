@@ -1,6 +1,7 @@
 """Two cameras are two nodes in two namespaces, and nothing of one reaches the other."""
 
 import pytest
+import yaml
 from node_harness import ROOT, SMALL, one_thread, picture, stamp
 from sensor_msgs.msg import Image
 
@@ -14,11 +15,13 @@ NAMES = ('left', 'right')
 
 def test_two_cameras_are_two_nodes_in_two_namespaces(spawn, node, spin_until, tmp_path):
     messages, seen, cameras, children = rclpy_messages(), {}, {}, {}
+    shared = {'/**': {'ros__parameters': SMALL}}  # one file for both, as a fleet has it
+    own = {f'/{n}/stream3r': {'ros__parameters': {'map_frame': f'{n}_map'}} for n in NAMES}
+    (tmp_path / 'both.yaml').write_text(yaml.safe_dump(shared | own))
     for name in NAMES:
-        given = {**SMALL, 'map_frame': f'{name}_map'}
-        words = [word for key in given for word in ('-p', f'{key}:={given[key]}')]
         log = (tmp_path / name).open('w')
-        arguments = ('node', '--ros-args', '-r', f'__ns:=/{name}', *words)
+        file = tmp_path / 'both.yaml'
+        arguments = ('node', '--ros-args', '-r', f'__ns:=/{name}', '--params-file', file)
         children[name] = spawn(
             '-m', 'stream3r_ros', *arguments, cwd=ROOT, stdout=log, stderr=log, env=one_thread()
         )
