@@ -211,7 +211,9 @@ def account(counts: Counter, observer: Observer) -> dict:
         'published': counts['published'],
         'received': received,
         'lost_on_the_way': counts['published'] - received,
-        'lost_on_the_way_as_the_node_says': observer.figure('images_lost'),
+        'lost_on_the_way_as_the_node_says': {
+            k: int(v) for k, v in observer.figures.items() if k.startswith('images_lost')
+        },
         'processed': processed,
         'dropped': drops,
         'unaccounted': received - processed - sum(drops.values()),

@@ -13,6 +13,10 @@ class InputError(Stream3rError):
     """An image, message or array is not what the called function takes."""
 
 
+class NotLocalizedError(InputError):
+    """A session has taken an image, but where that is in the map is not known yet."""
+
+
 class CheckpointError(Stream3rError):
     """Weights are missing, truncated, or do not fit the network."""
 

@@ -19,7 +19,7 @@ from stream3r_core.backend.restart import RestartPolicy
 from stream3r_core.backend.sensors import Sensed
 from stream3r_core.backend.worker import BackendWorker
 from stream3r_core.config import CoreConfig, MappingConfig
-from stream3r_core.errors import ConfigError, InputError
+from stream3r_core.errors import ConfigError, InputError, NotLocalizedError
 from stream3r_core.pipeline import Reconstructor, free_gpu_memory, make_session
 from stream3r_core.types import FramePrediction
 
@@ -117,8 +117,8 @@ class SubmapReconstructor:
         """Take one camera image; return its prediction in the map, on the CPU, in a list.
 
         Arguments and errors as :meth:`StreamSession.step`; also InputError for an image whose pose
-        is not finite, after which a new session starts, and, with ``localize_only``, for images
-        whose place in the map is not known yet.
+        is not finite, after which a new session starts, and, with ``localize_only``,
+        NotLocalizedError for images whose place in the map is not known yet.
         """
         if self._policy.is_pause(stamp_ns):
             self._restart()
@@ -137,7 +137,7 @@ class SubmapReconstructor:
         self._recent.append(seen)
         self._is_full = bool(reason)
         if not self.backend.is_localized:
-            raise InputError(
+            raise NotLocalizedError(
                 f'the camera is not found in {self.config.backend.load} yet; its pose is told '
                 'once two recognised places agree'
             )

@@ -55,7 +55,7 @@ class NodeStatus:
     state: str  # 'unconfigured', 'inactive', 'active', 'paused', 'failed'
     frames: FrameFigures
     drops: Mapping[str, int] = field(default_factory=dict)  # reason -> images
-    num_lost: int = 0  # images that were sent and have not arrived
+    losses: Mapping[str, int] = field(default_factory=dict)  # reason -> images that never came
     reconstruction: ReconstructionFigures = field(default_factory=ReconstructionFigures)
     has_camera_info: bool = False
     problem: str = ''  # what is wrong and what to do, if anything
@@ -76,8 +76,8 @@ class NodeStatus:
             f'{frames.num_processed} processed',
             f'{sum(self.drops.values())} dropped{_listed(self.drops)}',
         ]
-        if self.num_lost:
-            parts.append(f'{self.num_lost} lost on the way')
+        if self.losses:
+            parts.append(f'{sum(self.losses.values())} lost on the way{_listed(self.losses)}')
         if frames.num_processed:
             parts.append(
                 f'latency {frames.latency_p50_ms:.0f} ms (p95 {frames.latency_p95_ms:.0f} ms)'
@@ -106,7 +106,8 @@ class NodeStatus:
             'images_processed': str(frames.num_processed),
             'images_dropped': str(sum(self.drops.values())),
             **{f'images_dropped.{reason}': str(n) for reason, n in sorted(self.drops.items())},
-            'images_lost': str(self.num_lost),
+            'images_lost': str(sum(self.losses.values())),
+            **{f'images_lost.{reason}': str(n) for reason, n in sorted(self.losses.items())},
             'camera_info': 'received' if self.has_camera_info else 'none',
             'cache_tokens': str(made.cache_tokens),
             'cache_bytes': str(made.cache_bytes),

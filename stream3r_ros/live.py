@@ -5,15 +5,15 @@ import logging
 import math
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from stream3r_core.backend.sensors import Sensed
-from stream3r_core.errors import InputError, Stream3rError, first_line
+from stream3r_core.errors import InputError, NotLocalizedError, first_line
 from stream3r_core.evaluation.trajectory import Trajectory
 from stream3r_core.image import prepare
 from stream3r_core.pipeline import incomplete_memory
@@ -24,13 +24,14 @@ from stream3r_ros.config import NodeConfig
 from stream3r_ros.conversions import PINHOLE, Lens, image_from_message, stamp_ns
 from stream3r_ros.diagnostics import ReconstructionFigures
 from stream3r_ros.logging_bridge import Throttled
-from stream3r_ros.occupancy import LEVEL_BY_THE_FIRST_IMAGE, map_grid, tan_half_width
+from stream3r_ros.map_topics import MapTopics
 from stream3r_ros.odometry import Sigmas
 from stream3r_ros.placement import Placement
 from stream3r_ros.provenance import Provenance
 from stream3r_ros.publishers import Publishers
 from stream3r_ros.recorder import PoseRecorder, Snapshot
-from stream3r_ros.scale import BaselineScale, DepthScale, ScaleTracker
+from stream3r_ros.scale import ScaleSource, ScaleTracker
+from stream3r_ros.services import describe
 from stream3r_ros.stamps import StampOrder
 from stream3r_ros.tf import camera_frame
 from stream3r_ros.tracking import OK, TrackingState, with_fitted_limits
@@ -40,12 +41,20 @@ CAMERA_INFO_WAIT_S = 1.0
 _log = logging.getLogger(__name__)
 
 
+class SeenImage(NamedTuple):
+    """What the messages of an image need beside its prediction."""
+
+    stamp_ns: int
+    frame: str
+    lens: Lens
+
+
 class LiveReconstruction:
     """Takes image messages one by one and publishes what they add.
 
     ``on_moved`` is called, in a thread of the back end, when poses and map have moved; then
-    :meth:`follow_corrections` publishes that also without a new image. All methods but those that
-    publish the map belong to one thread. ``camera_info`` may be replaced at any time: its
+    :meth:`follow_corrections` publishes that also without a new image. All methods belong to one
+    thread, but those of :attr:`map_topics`. ``camera_info`` may be replaced at any time: its
     intrinsics hold for images of the same size. A stamp that jumps back, or images of another
     size, start a new session.
     """
@@ -69,16 +78,9 @@ class LiveReconstruction:
         self._calibrate = Calibrator(config.rectify)
         self._device = next(model.parameters()).device
         self._stamps = StampOrder()
-        self._map_stamp_ns: int | None = None
-        current = self._reconstructor.map
-        self._published_version = current, current.version, 1.0
-        self._sent, self._sent_version = (current, 1.0), -1  # map and scale, on ~/map_changes
-        self._gridded: tuple | None = None  # map, version and scale of the last grid
-        self._warn_of_grid = Throttled(_log.warning, quiet_s=float('inf'))
-        self._tan_half_width = 0.0  # of the newest image's field of view
+        self.map_topics = MapTopics(publishers, lambda: self._reconstructor.map, self._poses)
         self._is_new = True
-        self._scale, self._baseline = ScaleTracker(), BaselineScale()
-        self.depth_images = DepthScale(transforms)
+        self._scale, self.scale_source = ScaleTracker(), ScaleSource(transforms)
         self._size_hw: tuple[int, int] | None = None
         self._tracking = TrackingState()
         self._trusted_pose: torch.Tensor | None = None
@@ -86,10 +88,12 @@ class LiveReconstruction:
         self._num_gaps = 0
         self._warn = Throttled(_log.warning)
         self._warn_once = Throttled(_log.warning, quiet_s=float('inf'))
-        self._num_without_scale = 0
         self._sigmas: Sigmas | None = None
         self._report_memory = Throttled(_log.error)
-        self._frame, self._lens = '', PINHOLE  # of the last image
+        self.trouble = ''  # what should be mended although images go on
+        self._report_trouble = Throttled(_log.error)
+        num_kept = max(self._reconstructor.session.chunk_size, config.backend.submaps.overlap)
+        self._seen: deque[SeenImage] = deque(maxlen=num_kept + 1)
         self.num_lost = 0  # images that were dropped with their chunk, all in all
         self._camera_info: Any = None
         self._camera_info_came = threading.Event()
@@ -120,15 +124,22 @@ class LiveReconstruction:
         stamp = self._check_stamp(message, config)
         self._check_size(image, config)  # these two may start a new session: after all refusals
         if self._is_new:
-            self._publishers.outputs.T_map_world = self._placement.map_of_first_camera(
-                frame, stamp, config
-            )
+            T_map_world = self._placement.map_of_first_camera(frame, stamp, config)
+            self._publishers.outputs.lay(T_map_world)
         self._reconstructor.configure(config.mapping)
-        self._frame, self._lens, self._config = frame, lens, config
-        predictions = self._predictions(lambda: self._reconstructor.feed(image, stamp, K))
-        self.follow_corrections()
+        self._seen.append(SeenImage(stamp, frame, lens))
+        self._config = config
         self._stamps.note(stamp)
+        try:
+            predictions = self._predictions(lambda: self._reconstructor.feed(image, stamp, K))
+        except NotLocalizedError:
+            self._size_hw, self._is_new = image.shape[:2], False
+            raise
+        except Exception:
+            self._seen.pop()
+            raise
         self._size_hw, self._is_new = image.shape[:2], False
+        self.follow_corrections()
         self._publish(predictions, config)  # none, or a whole chunk (cache.chunk_size)
 
     def finish_chunk(self, config: NodeConfig) -> None:
@@ -152,16 +163,21 @@ class LiveReconstruction:
         for prediction in predictions:  # first, for publishing ends with the ROS context
             self._recorder.add(prediction.stamp_ns, prediction.T_world_camera.numpy())
         for prediction in predictions:
-            self._map_stamp_ns = prediction.stamp_ns
-            self._tan_half_width = tan_half_width(prediction)
-            self._find_scale(prediction, self._frame, config)
-            carriers = self._placement.carriers(self._frame, prediction.stamp_ns, config)
-            sent = self._publishers.publish(prediction, self._frame, config, *carriers, self._lens)
+            _, frame, lens = self._image_of(prediction)
+            self._find_scale(prediction, frame, config)
+            carriers = self._placement.carriers(frame, prediction.stamp_ns, config)
+            sent = self._publishers.publish(prediction, frame, config, *carriers, lens)
             self._sigmas = sent.sigmas
+            self.map_topics.note(prediction)
             self._track(prediction, config)
-        self._num_moves = self._reconstructor.placed_at  # of what has just joined the path
+        # what has just joined the path need not know of all corrections that the rest contains
+        self._num_moves = min(self._num_moves, self._reconstructor.placed_at)
         self.follow_corrections()
         self.figures = self._figures()
+
+    def _image_of(self, prediction: FramePrediction) -> 'SeenImage':
+        """Return the image that a prediction is about: of a chunk, or of a submap's overlap."""
+        return next(seen for seen in reversed(self._seen) if seen.stamp_ns == prediction.stamp_ns)
 
     def _predictions(self, produce: Callable[[], list[FramePrediction]]) -> list[FramePrediction]:
         """Run the session; where memory fails it, the session goes and the map stays."""
@@ -202,13 +218,22 @@ class LiveReconstruction:
         self.figures = self._figures()
 
     def follow_corrections(self) -> None:
-        """Move path and odometry to where the back end has moved their frames."""
+        """Move path and odometry to where the back end has moved their frames.
+
+        What prevents it costs no image: it is logged, is :attr:`trouble` until it works again,
+        and is tried again with the next image.
+        """
         num_moves = self._reconstructor.num_moves
         if num_moves == self._num_moves:
             return
-        self._publishers.outputs.correct(*self._reconstructor.trajectory())
-        self._num_moves = num_moves
-        self._publishers.publish_path()
+        try:
+            self._publishers.outputs.correct(*self._reconstructor.trajectory())
+            self._publishers.publish_path()
+        except Exception as error:
+            self.trouble = f'the path lacks a correction of the back end: {first_line(error)}'
+            self._report_trouble(f'{self.trouble}\n{describe(error)}')
+        else:
+            self._num_moves, self.trouble = num_moves, ''
 
     def close(self) -> None:
         """End the back end's thread."""
@@ -216,53 +241,31 @@ class LiveReconstruction:
 
     def _sense(self, prediction: FramePrediction) -> Sensed:
         """What the back end is told of a frame of a session, beside its image."""
-        config = self._config
+        config, frame = self._config, self._image_of(prediction).frame
         options, T_odom_camera, up = config.backend.sensors, None, None
         if options.scale and prediction.index == 0:
-            self._baseline.reset()  # the session has a unit of its own
+            self.scale_source.reset()  # the session has a unit of its own
         if config.odom_frame and (options.odometry or options.gravity):
             try:
                 T_odom_camera = self._transforms.lookup(
-                    config.odom_frame, self._frame, prediction.stamp_ns, config.tf_timeout_s
+                    config.odom_frame, frame, prediction.stamp_ns, config.tf_timeout_s
                 )
             except TransformError as error:
                 self._warn(f'the back end goes without odometry for this image: {error}')
             else:
                 up = T_odom_camera[2, :3] if options.gravity else None
-        ratio = self._ratio(prediction, self._frame, config) if options.scale else None
+        ratio = self.scale_source.ratio(prediction, frame, config) if options.scale else None
         return Sensed(T_odom_camera if options.odometry else None, ratio, up)
-
-    def _ratio(self, prediction: FramePrediction, frame: str, config: NodeConfig) -> float | None:
-        """Metres per unit of a prediction; None: not from this one."""
-        if config.scale.source == 'none':
-            return None
-        try:
-            return self._scale_ratio(prediction, frame, config)
-        except (InputError, TransformError) as error:
-            self._num_without_scale += 1
-            self._warn(f'no metric scale from this image: {error}')
-            return None
 
     def _find_scale(self, prediction: FramePrediction, frame: str, config: NodeConfig) -> None:
         """Update metres per scene unit, unless the back end brings them into the map itself."""
         if takes_metres(config):
             return
-        before, ratio = self._scale.value, self._ratio(prediction, frame, config)
+        before, ratio = self._scale.value, self.scale_source.ratio(prediction, frame, config)
         if ratio is not None:
             self._scale.add(ratio, config.scale)
         if self._scale.value != before:
             self._publishers.outputs.set_scale(self._scale.value)
-
-    def _scale_ratio(
-        self, prediction: FramePrediction, frame: str, config: NodeConfig
-    ) -> float | None:
-        if config.scale.source == 'depth':
-            return self.depth_images.ratio(prediction, frame, config.scale, config.tf_timeout_s)
-        T_odom_camera = self._transforms.lookup(
-            config.odom_frame, frame, prediction.stamp_ns, config.tf_timeout_s
-        )
-        T_world_camera = prediction.T_world_camera.double().numpy()
-        return self._baseline.ratio(T_world_camera, T_odom_camera, config.scale)
 
     def _track(self, prediction: FramePrediction, config: NodeConfig) -> None:
         before = self._tracking.state
@@ -287,74 +290,34 @@ class LiveReconstruction:
             self.finish_chunk(config)
         except Exception as error:  # must not keep a failed session from its reset
             self._warn(f'the images of an unfinished chunk are dropped: {error}')
+        self.map_topics.forget()
         self._reconstructor.reset()
-        self._num_moves = 0
+        self._num_moves, self.trouble = 0, ''
         self._publishers.reset()
         self._recorder.clear()
         self._tracking.reset()
         self._scale.reset()
-        self._baseline.reset()
+        self.scale_source.reset()
         self._trusted_pose = self._size_hw = None
+        self._seen.clear()
         self._stamps.reset()
         self._is_new = True
         self.figures = self._figures()
 
     def snapshot(self, config: NodeConfig) -> Snapshot:
         """Return poses and map as they are now; raises InputError before the first frame."""
-        outputs, recorded = self._publishers.outputs, self._recorder.trajectory()
+        world, recorded = self._publishers.outputs.world, self._recorder.trajectory()
         map_file = None
         if isinstance(self._reconstructor, SubmapReconstructor):
             map_file = self._reconstructor.pack()
             recorded = Trajectory(*self._reconstructor.trajectory(), recorded.name)
         return Snapshot(
-            dataclasses.replace(
-                recorded, T_world_camera=outputs.poses_in_map(recorded.T_world_camera)
-            ),
-            outputs.in_map_frame(self._reconstructor.map.points()),
+            dataclasses.replace(recorded, T_world_camera=world.poses(recorded.T_world_camera)),
+            world.cloud(self._reconstructor.map.points()),
             self._recorder.num_forgotten,
             Provenance(self._reconstructor.session.model.weights_info, config),
             map_file,
         )
-
-    def publish_map(self) -> None:
-        """Publish the map unless it is as last time; from any one thread."""
-        current = self._reconstructor.map
-        version = current, current.version, self._publishers.outputs.scale
-        if version != self._published_version and self._map_stamp_ns is not None:
-            self._publishers.publish_map(current.view(), self._map_stamp_ns)
-            self._published_version = version
-
-    def publish_map_changes(self, max_points: int) -> None:
-        """Publish what changed in the map; from any one thread."""
-        current = self._reconstructor.map, self._publishers.outputs.scale
-        if current != self._sent:  # another map, or all voxels move
-            self._sent_version, self._sent = -1, current
-        if self._map_stamp_ns is not None:
-            self._sent_version = self._publishers.publish_map_changes(
-                current[0], self._sent_version, self._map_stamp_ns, max_points
-            )
-
-    def publish_occupancy_grid(self, config: NodeConfig) -> None:
-        """Publish the grid of the map unless it is as last time; from any one thread."""
-        outputs, current = self._publishers.outputs, self._reconstructor.map
-        version = current, current.version, outputs.scale
-        if version == self._gridded or self._map_stamp_ns is None:
-            return
-        if config.map_orientation == 'camera':
-            self._warn_of_grid(LEVEL_BY_THE_FIRST_IMAGE)
-        options, stamp = config.outputs.occupancy_grid, self._map_stamp_ns
-        try:
-            grid = map_grid(outputs, current, self._poses(), self._tan_half_width, options)
-        except Stream3rError as error:
-            self._warn_of_grid(f'no occupancy grid: {error}')
-            return
-        if grid.is_cropped:
-            self._warn_of_grid(
-                f'the map is larger than outputs.occupancy_grid.max_cells {options.max_cells}: '
-                'the grid shows the surroundings of the camera'
-            )
-        self._publishers.publish_occupancy_grid(grid, stamp)
-        self._gridded = version
 
     def _poses(self) -> np.ndarray:
         """T_world_camera [n, 4, 4] of the frames of this run, as they lie now."""
@@ -427,7 +390,7 @@ class LiveReconstruction:
             map_version=self._reconstructor.map.version,
             backend=self._reconstructor.figures(),
             frames_without_tf=self._placement.num_without_tf,
-            frames_without_scale=self._num_without_scale,
+            frames_without_scale=self.scale_source.num_without,
             metres_per_unit=self._metres_per_unit(),
             tracking=self._tracking.state,
             quality=self._tracking.quality,

@@ -1,12 +1,11 @@
 """The ROS 2 node: images in; TF, pose, depth, path and map out, live.
 
 The node is wiring. Executor callbacks only put things into mailboxes; one thread owns network,
-session and map, and a second one builds and writes what is large.
+session and map, others build and write what is large.
 """
 
 import time
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import Future, wait
 from functools import partial
 from pathlib import Path
@@ -16,14 +15,7 @@ import rclpy.task
 import torch
 from rclpy.clock import Clock, ClockType
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
-from rclpy.qos_overriding_options import QoSOverridingOptions
-from sensor_msgs.msg import CameraInfo, CompressedImage, Image
-from tf2_msgs.msg import TFMessage
-
-try:
-    from rclpy.event_handler import SubscriptionEventCallbacks
-except ImportError:  # Humble
-    from rclpy.qos_event import SubscriptionEventCallbacks
+from sensor_msgs.msg import CompressedImage, Image
 
 from stream3r_core.errors import InputError, Stream3rError
 from stream3r_core.pipeline import load_configured_model
@@ -34,15 +26,16 @@ from stream3r_ros.diagnostics import (
     NodeStatus,
     ReconstructionFigures,
 )
+from stream3r_ros.inputs import Inputs
+from stream3r_ros.lifecycle import told
 from stream3r_ros.live import LiveReconstruction
 from stream3r_ros.logging_bridge import Throttled, forward_logging, stop_forwarding
+from stream3r_ros.map_threads import MapThreads
 from stream3r_ros.parameters import NodeParameters
 from stream3r_ros.publishers import Publishers
-from stream3r_ros.qos import SENSOR_DATA, Qos
 from stream3r_ros.recorder import check_saving, save_snapshot
 from stream3r_ros.services import Services, describe
 from stream3r_ros.tf import check_frames
-from stream3r_ros.transforms import TransformBuffer
 from stream3r_ros.worker import Worker
 
 WARNING_PERIOD_S = 5.0
@@ -83,20 +76,14 @@ class Stream3rNode(LifecycleNode):
         self._state, self._is_paused = 'unconfigured', False
         self._statistics = FrameStatistics(self.config.status.latency_window)
         self._refused: Counter[str] = Counter()
-        self._num_lost = 0  # images that DDS has not delivered
         self._last_rejection: tuple[float, str] = (-WARNING_PERIOD_S, '')
-        self._results = Publishers(self, self.config)
-        self._transforms = TransformBuffer()
         self._warn = Throttled(lambda text: self.get_logger().warning(text))
+        self._results = Publishers(self, self.config)
         self._inference: Worker[Incoming] | None = None
+        self._following: Future | None = None  # the last call to publish corrections
         self._live: LiveReconstruction | None = None
-        self._background, self._map_changes, self._grids = map(
-            self._sender, ('background', 'map changes', 'occupancy grid')
-        )
         self._log_handler = forward_logging(self)
-        self._subscribe()
-        self._listen_to_tf()
-        self._listen_to_depth()
+        self._inputs = Inputs(self, self.config, self._on_image, lambda: self._live, self._warn)
         self._serve()
         self._start_timers()
         self._options.check_qos_overrides()
@@ -114,39 +101,6 @@ class Stream3rNode(LifecycleNode):
 
     # -- wiring -------------------------------------------------------------------------------
 
-    def _subscribe(self) -> None:
-        self._image_topic = self.resolve_topic_name('image')
-        kind = Image
-        if self.config.image_transport == 'compressed':
-            kind = CompressedImage
-            if not self._image_topic.endswith('/compressed'):
-                self._image_topic += '/compressed'  # where image_transport publishes it
-        losses = SubscriptionEventCallbacks(message_lost=self._on_images_lost)
-        self._subscribe_to(kind, self._image_topic, self._on_image, event_callbacks=losses)
-        self._subscribe_to(CameraInfo, 'camera_info', self._on_camera_info)
-
-    def _subscribe_to(
-        self, kind: type, topic: str, callback: Callable[[Any], None], **options: Any
-    ) -> None:
-        overridable = QoSOverridingOptions.with_default_policies()
-        qos = SENSOR_DATA.for_rclpy()
-        self.create_subscription(
-            kind, topic, callback, qos, qos_overriding_options=overridable, **options
-        )
-
-    def _listen_to_depth(self) -> None:
-        if self.config.scale.source == 'depth':
-            self._subscribe_to(Image, 'depth', self._on_depth)
-            self._subscribe_to(CameraInfo, 'depth_camera_info', self._on_depth_camera_info)
-
-    def _listen_to_tf(self) -> None:
-        has_depth = self.config.scale.source == 'depth'
-        if not (self.config.odom_frame or self.config.base_frame or has_depth):
-            return
-        for topic, qos in (('/tf', Qos(depth=100)), ('/tf_static', Qos(depth=100, latched=True))):
-            listen = partial(self._on_tf, is_static=topic == '/tf_static')
-            self.create_subscription(TFMessage, topic, listen, qos.for_rclpy())
-
     def _serve(self) -> None:
         self._triggers = Services(self)
         self._triggers.add('~/reset', self._reset)
@@ -157,50 +111,64 @@ class Stream3rNode(LifecycleNode):
 
     def _start_timers(self) -> None:
         wall = Clock(clock_type=ClockType.STEADY_TIME)  # also while simulated time stands still
-        self._send_diagnostics = diagnostics_publisher(self, self._image_topic)
+        self._send_diagnostics = diagnostics_publisher(self, self._inputs.image_topic)
         status = self.config.status
         self.create_timer(status.period_s, self._publish_diagnostics, clock=wall)
         self.create_timer(status.log_period_s, self._log_status, clock=wall)
-        outputs = self.config.outputs
-        self.create_timer(outputs.map.period_s, self._request_map, clock=wall)
-        self.create_timer(outputs.map_changes.period_s, self._request_map_changes, clock=wall)
-        self.create_timer(outputs.occupancy_grid.period_s, self._request_grid, clock=wall)
+        self._map = MapThreads(
+            self,
+            lambda: self.config,
+            lambda: None if self._live is None else self._live.map_topics,
+            lambda: self._results.is_grid_wanted,
+            wall,
+        )
 
     # -- lifecycle ----------------------------------------------------------------------------
 
+    @told
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Load the weights on the inference thread; a known error leaves the node unconfigured."""
         self._inference = Worker(self._process, self._on_rejected, self._on_failure)
         self._inference.start()
+        loading = self._inference.submit(self._load)
+        self._has_ended(loading)
         try:
-            self._live = self._wait_for(self._inference.submit(self._load))
-        except Exception as error:
+            self._live = loading.result()
+        except Exception:
             self._inference.stop(0)
             self._inference = None
-            self.get_logger().fatal(describe(error))
-            known = isinstance(error, Stream3rError)
-            return TransitionCallbackReturn.FAILURE if known else TransitionCallbackReturn.ERROR
+            raise
         self._state = 'inactive'
         return super().on_configure(state)
 
+    @told
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Let images in."""
         self._state, self._is_paused = 'active', False
-        self.get_logger().info(f'waiting for images on {self._image_topic}')
+        self.get_logger().info(f'waiting for images on {self._inputs.image_topic}')
         return super().on_activate(state)
 
+    @told
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Shut images out; session and map stay."""
         self._state = 'inactive'
         self._finish_chunk()
         return super().on_deactivate(state)
 
+    @told
     def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Free network, session and map; waits for the image in work."""
-        wait([self._finish_chunk()], CLEANUP_TIMEOUT_S)
-        if not self._inference.stop(CLEANUP_TIMEOUT_S):
-            self.get_logger().warning('memory becomes free when the image in work is done')
-        self._live.close()
+        """Free network, session and map.
+
+        While an image is in work that cannot be done: the node stays inactive and can be asked
+        again.
+        """
+        is_idle = self._has_ended(self._finish_chunk(), CLEANUP_TIMEOUT_S)
+        if not (is_idle and self._inference.stop(CLEANUP_TIMEOUT_S)):
+            raise Stream3rError(
+                f'nothing is freed, as an image is in work for more than {CLEANUP_TIMEOUT_S:g} s: '
+                'clean up again later'
+            )
+        self._close_live()
         self._inference = self._live = None
         self._results.reset()
         if torch.cuda.is_initialized():
@@ -208,12 +176,21 @@ class Stream3rNode(LifecycleNode):
         self._state = 'unconfigured'
         return super().on_cleanup(state)
 
+    @told
     def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Shut images out for good; the map stays for ``save_map.on_exit``."""
         self._state = 'finalized'
         if self._live is not None:
             self._finish_chunk()
         return super().on_shutdown(state)
+
+    def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Let go of everything after an unexpected error: the node is unconfigured."""
+        if self._inference is not None and self._inference.stop(0) and self._live is not None:
+            self._close_live()
+        self._inference = self._live = None
+        self._state = 'unconfigured'
+        return super().on_error(state)
 
     def start(self) -> bool:
         """Configure and activate; return whether the node is active."""
@@ -227,14 +204,21 @@ class Stream3rNode(LifecycleNode):
         if self._live is not None:
             wait([self._finish_chunk()], timeout_s)
         workers = [
-            worker
-            for worker in (self._background, self._map_changes, self._grids, self._inference)
-            if worker is not None
+            worker for worker in (*self._map.workers, self._inference) if worker is not None
         ]
         have_ended = [worker.stop(max(0.0, end - time.monotonic())) for worker in workers]
-        if self._live is not None and all(have_ended):
-            self._live.close()
+        if all(have_ended):
+            self._results.close(max(0.0, end - time.monotonic()))
+            if self._live is not None:
+                self._close_live()
         stop_forwarding(self._log_handler)
+
+    def _close_live(self) -> None:
+        try:
+            self._live.close()
+        except Exception as error:  # of a back end that has failed: what there is stays usable
+            if self.context.ok():
+                self.get_logger().error(describe(error))
 
     @property
     def num_waiting(self) -> int:
@@ -267,27 +251,28 @@ class Stream3rNode(LifecycleNode):
             model,
             self.config,
             self._results,
-            self._transforms,
-            self._hears_of_camera_info,
+            self._inputs.transforms,
+            lambda: self._inputs.is_camera_info_announced,
             self._on_moved,
         )
 
-    def _hears_of_camera_info(self) -> bool:
-        return self.count_publishers(self.resolve_topic_name('camera_info')) > 0
-
     def _on_moved(self) -> None:
         """Poses have moved, as a thread of the back end says: publish that before new images."""
-        live, worker = self._live, self._inference
-        if live is not None and worker is not None:
-            worker.submit(live.follow_corrections)
-            self._request_map()
+        live, worker, earlier = self._live, self._inference, self._following
+        if live is None or worker is None:
+            return
+        if earlier is None or earlier.running() or earlier.done():  # else that one will see it
+            self._following = worker.submit(live.follow_corrections)
+        self._map.request_map()
 
-    def _wait_for(self, future: Future) -> Any:
-        """Return a worker's result; raises :class:`ContextEnded`."""
-        while not wait([future], timeout=0.1).done:
+    def _has_ended(self, work: Future, timeout_s: float = float('inf')) -> bool:
+        """Wait for a worker's call; raises :class:`ContextEnded`."""
+        end = time.monotonic() + timeout_s
+        while not work.done() and time.monotonic() < end:
             if not self.context.ok():
                 raise ContextEnded
-        return future.result()
+            wait([work], timeout=min(0.1, timeout_s))
+        return work.done()
 
     # -- images -------------------------------------------------------------------------------
 
@@ -299,32 +284,6 @@ class Stream3rNode(LifecycleNode):
             self._refused['paused'] += 1
         else:
             self._inference.offer(Incoming(message, arrival))
-
-    def _on_images_lost(self, event: Any) -> None:
-        self._num_lost += event.total_count_change
-        self._warn(f'{self._num_lost} images were lost on the way: see the troubleshooting of DDS')
-
-    def _on_camera_info(self, message: CameraInfo) -> None:
-        if self._live is not None:
-            self._live.camera_info = message
-
-    def _on_depth(self, message: Image) -> None:
-        if self._live is None:
-            return
-        try:
-            self._live.depth_images.add(message)
-        except InputError as error:
-            self._warn(f'depth image rejected: {error}')
-
-    def _on_depth_camera_info(self, message: CameraInfo) -> None:
-        if self._live is not None:
-            self._live.depth_images.camera_info = message
-
-    def _on_tf(self, message: TFMessage, is_static: bool) -> None:
-        try:
-            self._transforms.add(message, is_static)
-        except InputError as error:
-            self._warn(str(error))
 
     def _process(self, incoming: Incoming) -> None:
         self._live.process(incoming.message, self.config)
@@ -354,34 +313,6 @@ class Stream3rNode(LifecycleNode):
             self.ended.set_result(1)
         else:
             self.get_logger().error(f'images are dropped until {self._name_of("reset")} is called')
-
-    # -- map ----------------------------------------------------------------------------------
-
-    def _request_map(self) -> None:
-        if self._live is not None and self.config.outputs.map.enabled:
-            self._background.offer(self._live.publish_map)
-
-    def _request_map_changes(self) -> None:
-        options = self.config.outputs.map_changes
-        if self._live is not None and options.enabled:
-            self._map_changes.offer(partial(self._live.publish_map_changes, options.max_points))
-
-    def _request_grid(self) -> None:
-        is_on = self._live is not None and self.config.outputs.occupancy_grid.enabled
-        if is_on and self._results.is_grid_wanted:
-            self._grids.offer(partial(self._live.publish_occupancy_grid, self.config))
-
-    def _sender(self, name: str) -> Worker[Callable[[], None]]:
-        """Start a thread that builds and sends what is large; what it loses is said."""
-
-        def lost(error: Exception) -> None:
-            sender.clear_failure()
-            if self.context.ok():
-                self.get_logger().error(f'a map message was lost: {describe(error)}')
-
-        sender: Worker[Callable[[], None]] = Worker(lambda send: send(), lost, lost, name)
-        sender.start()
-        return sender
 
     # -- services -----------------------------------------------------------------------------
 
@@ -416,7 +347,7 @@ class Stream3rNode(LifecycleNode):
             worker.submit(partial(live.snapshot, self.config))
         )
         write = partial(save_snapshot, snapshot, config)
-        paths = await self._triggers.finished(self._background.submit(write))
+        paths = await self._triggers.finished(self._map.submit(write))
         return '\n'.join(map(str, paths))
 
     def _configured(self) -> tuple[Worker, LiveReconstruction]:
@@ -434,7 +365,7 @@ class Stream3rNode(LifecycleNode):
         return NodeStatus(
             state='failed' if failed else self._activity(),
             frames=frames,
-            num_lost=self._num_lost,
+            losses=self._inputs.losses,
             drops=self._refused
             + Counter(worker.drops if worker else {})
             + Counter(chunk=live.num_lost if live else 0),
@@ -450,12 +381,14 @@ class Stream3rNode(LifecycleNode):
         if self._inference is not None and self._inference.failure is not None:
             error = self._inference.failure
             return f'{type(error).__name__}: {error}; call {self._name_of("reset")}'
+        if self._live is not None and self._live.trouble:
+            return self._live.trouble
         rejected_at, reason = self._last_rejection
         if time.monotonic() - rejected_at < WARNING_PERIOD_S:
             return f'rejecting images: {reason}'
         if self._state == 'active' and not rate_in_hz:
-            publishers = self.count_publishers(self._image_topic)
-            return f'no images on {self._image_topic} ({publishers} publishers)'
+            publishers = self.count_publishers(self._inputs.image_topic)
+            return f'no images on {self._inputs.image_topic} ({publishers} publishers)'
         return ''
 
     def _publish_diagnostics(self) -> None:

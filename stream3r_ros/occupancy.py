@@ -7,7 +7,7 @@ from stream3r_core.errors import DataError
 from stream3r_core.mapping import OccupancyGrid, Views, occupancy_grid
 from stream3r_core.mapping.occupancy import VOXELS_PER_CELL
 from stream3r_core.types import FramePrediction
-from stream3r_ros.outputs import Outputs
+from stream3r_ros.outputs import WorldInMap
 
 LEVEL_BY_THE_FIRST_IMAGE = (
     "outputs.occupancy_grid takes the first image for level, as map_orientation is 'camera'; with "
@@ -16,7 +16,7 @@ LEVEL_BY_THE_FIRST_IMAGE = (
 
 
 def map_grid(
-    outputs: Outputs,
+    world: WorldInMap,
     voxel_map,  # VoxelMap or AtlasMap
     T_world_camera: np.ndarray,  # [n, 4, 4], where the frames lie now
     tan_half_width: float,  # of the field of view
@@ -28,12 +28,12 @@ def map_grid(
         DataError: There is nothing in the map yet, or the floor cannot be found in it.
 
     """
-    blocks = [outputs.in_map_frame(block).points_xyz for block in voxel_map.view().blocks()]
+    blocks = [world.cloud(block).points_xyz for block in voxel_map.view().blocks()]
     voxel_size = voxel_map.voxel_size
     if not blocks or voxel_size is None:
         raise DataError('the map is empty')
-    resolution = options.resolution or VOXELS_PER_CELL * voxel_size * outputs.scale
-    views = Views(outputs.poses_in_map(T_world_camera), tan_half_width)
+    resolution = options.resolution or VOXELS_PER_CELL * voxel_size * world.scale
+    views = Views(world.poses(T_world_camera), tan_half_width)
     return occupancy_grid(np.concatenate(blocks), views, resolution, options)
 
 

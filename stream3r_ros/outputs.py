@@ -1,8 +1,8 @@
 """What leaves the system about a stream of frames, as messages: the same from node and replay.
 
 Frames: ``world`` is the session's frame (the first camera, optical axes). ``map`` is the frame of
-all messages but those that lie in the camera frame; ``T_map_world`` stands between the two, here
-and nowhere else.
+all messages but those that lie in the camera frame; :class:`WorldInMap` stands between the two,
+here and nowhere else.
 """
 
 import dataclasses
@@ -53,6 +53,29 @@ TOPICS = {
 }
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class WorldInMap:
+    """Where the world lies in the map, at one moment.
+
+    It is replaced, never changed: whatever is made with one is of one piece, in any thread.
+    """
+
+    T_map_world: np.ndarray  # [4, 4]
+    scale: float = 1.0  # map units per scene unit: metres where the scale is known, else 1
+
+    def poses(self, T_world_camera: np.ndarray) -> np.ndarray:
+        """Return T_map_camera [..., 4, 4] of poses in the world frame, in map units."""
+        scaled = np.array(T_world_camera, np.float64)
+        scaled[..., :3, 3] *= self.scale
+        return self.T_map_world @ scaled
+
+    def cloud(self, cloud: Points) -> Points:
+        """Move a cloud from the world frame into the map frame, for messages and files."""
+        T, scale = self.T_map_world.astype(np.float32), np.float32(self.scale)
+        points_xyz = (scale * cloud.points_xyz) @ T[:3, :3].T + T[:3, 3]
+        return dataclasses.replace(cloud, points_xyz=points_xyz)
+
+
 class Outputs:
     """Turns predictions and the map into messages in the map frame.
 
@@ -73,39 +96,37 @@ class Outputs:
     ):
         self.messages = messages
         self.map_frame = map_frame
-        self.T_map_world = T_map_world
+        self._world = WorldInMap(T_map_world)
         self.mapping = mapping or MappingConfig()
         self.uncertainty = uncertainty
         self.num_frames = 0  # since the session began
         self._before: tuple[int, np.ndarray] | None = None  # stamp and T_world_camera
-        self._scale = 1.0
         self._poses: deque[Any] = deque(maxlen=max_path_poses)
 
     def reset(self) -> None:
         """Forget the path; the next frame is the first of a new session, of unknown scale."""
         self._poses.clear()
-        self._scale = 1.0
+        self.lay(self._world.T_map_world)
         self.num_frames, self._before = 0, None
 
     @property
-    def scale(self) -> float:
-        """Map units per scene unit: metres where the scale is known, else 1."""
-        return self._scale
+    def world(self) -> WorldInMap:
+        """Where the world lies in the map now; another object whenever that changes."""
+        return self._world
+
+    def lay(self, T_map_world: np.ndarray) -> None:
+        """Say where the world [4, 4] of a new session lies in the map; its scale is unknown."""
+        self._world = WorldInMap(T_map_world)
 
     def set_scale(self, scale: float) -> None:
         """Give everything from now on, and the path so far, another scale; map origin fixed."""
-        ratio, origin = scale / self._scale, self.T_map_world[:3, 3]
-        self._scale = scale
+        before = self._world
+        ratio, origin = scale / before.scale, before.T_map_world[:3, 3]
+        self._world = dataclasses.replace(before, scale=scale)
         for pose in self._poses:
             position = pose.pose.position
             for axis, start in zip('xyz', origin.tolist()):
                 setattr(position, axis, start + ratio * (getattr(position, axis) - start))
-
-    def poses_in_map(self, T_world_camera: np.ndarray) -> np.ndarray:
-        """Return T_map_camera [..., 4, 4] of poses in the world frame, in map units."""
-        scaled = np.array(T_world_camera, np.float64)
-        scaled[..., :3, 3] *= self._scale
-        return self.T_map_world @ scaled
 
     def add(
         self, prediction: FramePrediction, camera_frame: str, lens: Lens = PINHOLE
@@ -126,7 +147,7 @@ class Outputs:
 
         ``stamps_ns`` [n], ``T_world_camera`` [n, 4, 4]; frames that are not named stay.
         """
-        T_map_camera = self.poses_in_map(T_world_camera)
+        T_map_camera = self._world.poses(T_world_camera)
         quats_xyzw = matrix_to_quat_xyzw(torch.from_numpy(T_map_camera[:, :3, :3])).tolist()
         positions = T_map_camera[:, :3, 3].tolist()
         row_of = {stamp: row for row, stamp in enumerate(stamps_ns.tolist())}
@@ -142,20 +163,25 @@ class Outputs:
         """Return the nav_msgs/Path of the recent poses, each with its own stamp."""
         return self.messages.path(self._poses, stamp_ns, self.map_frame)
 
-    def map(self, cloud: MapCloud | MapView, stamp_ns: int) -> Any:
+    def map(
+        self, cloud: MapCloud | MapView, stamp_ns: int, world: WorldInMap | None = None
+    ) -> Any:
         """Return the map, given in the world frame, as PointCloud2 in the map frame.
 
-        It is moved block by block, straight into the message.
+        It is moved block by block, straight into the message; ``world`` is where it lies, by
+        default :attr:`world`.
         """
-        moved = map(self.in_map_frame, cloud.blocks())
+        moved = map((world or self.world).cloud, cloud.blocks())
         return self.messages.cloud_of_blocks(len(cloud), moved, stamp_ns, self.map_frame)
 
-    def map_changes(self, change: MapChange, stamp_ns: int, max_points: int) -> Iterator[Any]:
+    def map_changes(
+        self, change: MapChange, stamp_ns: int, max_points: int, world: WorldInMap | None = None
+    ) -> Iterator[Any]:
         """Yield changes, given in the world frame, as messages of at most ``max_points``.
 
         An empty message goes before a complete map: forget all voxels that came earlier.
         """
-        moved = self.in_map_frame(change)
+        moved = (world or self.world).cloud(change)
         if change.is_complete:
             yield self.messages.voxels(_rows(moved, slice(0)), stamp_ns, self.map_frame)
         for start in range(0, len(change.voxel_ids), max_points):
@@ -167,12 +193,6 @@ class Outputs:
         return self.messages.occupancy_grid(
             grid.values, grid.resolution, (*grid.origin_xy, grid.floor_z), stamp_ns, self.map_frame
         )
-
-    def in_map_frame(self, cloud: Points) -> Points:
-        """Move a cloud from the world frame into the map frame, for messages and files."""
-        T, scale = self.T_map_world.astype(np.float32), np.float32(self._scale)
-        points_xyz = (scale * cloud.points_xyz) @ T[:3, :3].T + T[:3, 3]
-        return dataclasses.replace(cloud, points_xyz=points_xyz)
 
 
 def _set(target: Any, names: str, values: list[float]) -> None:
@@ -198,15 +218,15 @@ class FrameOutputs:
         before: tuple[int, np.ndarray] | None,
     ):
         """``frames`` went before; ``before``: stamp and T_world_camera of the last of them."""
-        self._outputs = outputs
+        self._outputs, self._world = outputs, outputs.world
         self._lens, self._frames, self._before = lens, frames, before
         self._messages, self._mapping = outputs.messages, outputs.mapping
         self._prediction = prediction
-        self._depth = prediction.depth * outputs.scale
+        self._depth = prediction.depth * self._world.scale
         self._camera_header = (prediction.stamp_ns, camera_frame)
         self.stamp_ns = prediction.stamp_ns
         self.camera_frame = camera_frame
-        self.T_map_camera = outputs.poses_in_map(prediction.T_world_camera.numpy())
+        self.T_map_camera = self._world.poses(prediction.T_world_camera.numpy())
 
     def message(self, topic: str) -> Any:
         """Return the message of a name in :data:`TOPICS`, but for the path and the map."""
@@ -256,7 +276,7 @@ class FrameOutputs:
             return Twist(np.zeros(3), np.zeros(3)), UNKNOWN
         stamp_ns, T_world_before = self._before
         seconds = (self.stamp_ns - stamp_ns) / 1e9
-        T_map_before = self._outputs.poses_in_map(T_world_before) @ T_camera_body
+        T_map_before = self._world.poses(T_world_before) @ T_camera_body
         lever = -np.linalg.inv(T_camera_body)[:3, 3]  # from camera to body, axes of the body
         step = self._sigmas('step_translation', 'step_rotation')
         covariance = body_covariance(step, lever)

@@ -1,20 +1,21 @@
 """The node's output topics: what is switched on, due and wanted is built and sent."""
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from rclpy.node import Node
 from rclpy.publisher import Publisher
 from rclpy.qos_overriding_options import QoSOverridingOptions
 
-from stream3r_core.mapping import OccupancyGrid, VoxelMap
+from stream3r_core.mapping import MapChange, MapCloud, MapView, OccupancyGrid
 from stream3r_core.types import FramePrediction
 from stream3r_ros.config import NodeConfig, OutputConfig
 from stream3r_ros.conversions import PINHOLE, Lens
 from stream3r_ros.messages import rclpy_class, rclpy_messages
-from stream3r_ros.outputs import FRAME_TOPICS, TOPICS, FrameOutputs, Outputs, Topic
+from stream3r_ros.outputs import FRAME_TOPICS, TOPICS, FrameOutputs, Outputs, Topic, WorldInMap
 from stream3r_ros.tf import Carrier
 
+SENDER = 'publishing'  # the name of the thread
 # Which switch of NodeConfig.outputs each topic obeys; /tf has publish_tf.
 SWITCHES = {
     '~/pose': 'pose',
@@ -43,10 +44,9 @@ class Publishers:
         )
         self._publishers = {name: _publisher(node, name, TOPICS[name]) for name in TOPICS}
         self._limits: dict[str, RateLimit] = {}
-        self._num_listeners = 0  # of ~/map_changes
         self._last_stamp_ns: int | None = None  # of the session
         self._sends_path = True
-        self._sender = ThreadPoolExecutor(1, 'publishing')
+        self._sender = ThreadPoolExecutor(1, SENDER)
         self._sending: Future | None = None
 
     def reset(self) -> None:
@@ -96,33 +96,33 @@ class Publishers:
         if sending is not None:
             sending.result()
 
+    def close(self, timeout_s: float) -> None:
+        """End the thread; waits up to ``timeout_s`` for what it sends. Nothing may follow."""
+        sending = self._sending
+        if sending is not None:
+            wait([sending], timeout_s)
+        self._sender.shutdown(wait=False)
+
     def publish_path(self) -> None:
         """Send the path as it is now, whenever it was last sent; its poses have moved."""
         if self._last_stamp_ns is not None and self._sends_path:
             self._send('~/path', self.outputs.path(self._last_stamp_ns))
 
-    def publish_map(self, cloud: Any, stamp_ns: int) -> None:
-        """Send the accumulated map, a ``MapCloud`` or ``MapView`` in the world frame."""
-        self._send('~/map', self.outputs.map(cloud, stamp_ns))
+    def publish_map(self, cloud: MapCloud | MapView, stamp_ns: int, world: WorldInMap) -> None:
+        """Send the accumulated map, given in the world frame."""
+        self._send('~/map', self.outputs.map(cloud, stamp_ns, world))
+
+    @property
+    def num_followers(self) -> int:
+        """Subscribers of the changes of the map."""
+        return self._publishers['~/map_changes'].get_subscription_count()
 
     def publish_map_changes(
-        self, voxel_map: VoxelMap, version: int, stamp_ns: int, max_points: int
-    ) -> int:
-        """Send what changed since a version of the map, all of it for a new subscriber.
-
-        Returns the version that subscribers have now. From any one thread.
-        """
-        topic = '~/map_changes'
-        num_listeners = self._publishers[topic].get_subscription_count()
-        if num_listeners > self._num_listeners:
-            version = -1
-        self._num_listeners = num_listeners
-        if not num_listeners or voxel_map.version == version:
-            return version
-        change = voxel_map.changed_since(version)
-        for message in self.outputs.map_changes(change, stamp_ns, max_points):
-            self._send(topic, message)
-        return change.version
+        self, change: MapChange, stamp_ns: int, max_points: int, world: WorldInMap
+    ) -> None:
+        """Send what changed in the map, given in the world frame."""
+        for message in self.outputs.map_changes(change, stamp_ns, max_points, world):
+            self._send('~/map_changes', message)
 
     @property
     def is_grid_wanted(self) -> bool:

@@ -95,7 +95,7 @@ class RunBag:
         poses = np.stack(self._poses) if self.corrected is None else self.corrected()[1]
         options = self._grid_options
         try:
-            grid = map_grid(self.outputs, self.map, poses, self._tan_half_width, options)
+            grid = map_grid(self.outputs.world, self.map, poses, self._tan_half_width, options)
         except DataError as error:
             _log.warning('no occupancy grid: %s', error)
             return
@@ -137,10 +137,10 @@ class Results:
         bag, folder = self._bag, self._bag.folder
         if bag.last_stamp_ns is None:
             return
-        save_ply(bag.outputs.in_map_frame(bag.map.points()), folder / MAP)
+        save_ply(bag.outputs.world.cloud(bag.map.points()), folder / MAP)
         if bag.corrected is not None:
             stamps_ns, poses = bag.corrected()
-            trajectory = Trajectory(stamps_ns, bag.outputs.poses_in_map(poses), TRAJECTORY)
+            trajectory = Trajectory(stamps_ns, bag.outputs.world.poses(poses), TRAJECTORY)
             write_tum(folder / TRAJECTORY, trajectory)
         if self._pack is not None:
             write_bytes(folder / MAP_FILE, self._pack())

@@ -1,5 +1,6 @@
 """Metres per scene unit: from a depth camera or from an odometry, robust and smooth."""
 
+import logging
 import math
 from collections import deque
 from typing import Any
@@ -9,13 +10,15 @@ import numpy as np
 from stream3r_core.errors import InputError
 from stream3r_core.types import FramePrediction
 from stream3r_ros.components import recent_messages
-from stream3r_ros.config import ScaleConfig
+from stream3r_ros.config import NodeConfig, ScaleConfig
 from stream3r_ros.conversions import depth_from_message, stamp_ns
 from stream3r_ros.depth_camera import DepthRays, depth_pairs
-from stream3r_ros.transforms import TransformBuffer
+from stream3r_ros.logging_bridge import Throttled
+from stream3r_ros.transforms import TransformBuffer, TransformError
 
 MIN_PIXELS = 50  # that two depth images must share
 KEPT_DEPTH_IMAGES = 30
+_log = logging.getLogger(__name__)
 
 
 class ScaleTracker:
@@ -158,3 +161,40 @@ class BaselineScale:
             return None
         self._anchor = here
         return way_m / way if way > 0 else None
+
+
+class ScaleSource:
+    """Asks what ``scale.source`` names; what is missing is no value, said and counted."""
+
+    def __init__(self, transforms: TransformBuffer):
+        self.depth_images = DepthScale(transforms)
+        self._baseline, self._transforms = BaselineScale(), transforms
+        self._warn = Throttled(_log.warning)
+        self.num_without = 0  # images whose scale could not be asked for
+
+    def reset(self) -> None:
+        """Begin a new session."""
+        self._baseline.reset()
+
+    def ratio(self, prediction: FramePrediction, frame: str, config: NodeConfig) -> float | None:
+        """Return metres per unit of a prediction in a camera frame; None: not from this one."""
+        try:
+            if config.scale.source == 'depth':
+                return self.depth_images.ratio(
+                    prediction, frame, config.scale, config.tf_timeout_s
+                )
+            if config.scale.source == 'odometry':
+                return self._odometry_ratio(prediction, frame, config)
+        except (InputError, TransformError) as error:
+            self.num_without += 1
+            self._warn(f'no metric scale from this image: {error}')
+        return None
+
+    def _odometry_ratio(
+        self, prediction: FramePrediction, frame: str, config: NodeConfig
+    ) -> float | None:
+        T_odom_camera = self._transforms.lookup(
+            config.odom_frame, frame, prediction.stamp_ns, config.tf_timeout_s
+        )
+        T_world_camera = prediction.T_world_camera.double().numpy()
+        return self._baseline.ratio(T_world_camera, T_odom_camera, config.scale)

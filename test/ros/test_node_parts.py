@@ -83,10 +83,15 @@ def status(**fields):
 
 def test_the_status_reads_as_a_sentence_and_as_values():
     made = ReconstructionFigures(cache_tokens=660, cache_bytes=4_000_000, map_points=7)
-    good = status(drops={'superseded': 2, 'rejected': 1}, num_lost=4, reconstruction=made)
+    good = status(
+        drops={'superseded': 2, 'rejected': 1},
+        losses={'transport': 1, 'unread': 3},
+        reconstruction=made,
+    )
     assert good.level == b'\x00'
     assert '3 dropped (1 rejected, 2 superseded)' in good.sentence()
-    assert '4 lost on the way' in good.sentence() and good.values()['images_lost'] == '4'
+    assert '4 lost on the way (1 transport, 3 unread)' in good.sentence()
+    assert good.values()['images_lost'] == '4' and good.values()['images_lost.unread'] == '3'
     assert 'map 7 points' in good.sentence() and '660 tokens, 4.0 MB' in good.sentence()
     values = good.values()
     assert values['images_dropped'] == '3' and values['images_dropped.superseded'] == '2'

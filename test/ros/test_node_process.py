@@ -69,6 +69,12 @@ def inactive(live, options):
     assert live.request(ChangeState, 'change_state', transition=transition).success
 
 
+def finalized(live, options):
+    active(live, options)
+    transition = Transition(id=Transition.TRANSITION_ACTIVE_SHUTDOWN)
+    assert live.request(ChangeState, 'change_state', transition=transition).success
+
+
 def in_a_frame(live, options):
     active(live, {**SECONDS_PER_FRAME, **options})
     before = live.figure('images_received')
@@ -83,7 +89,7 @@ def failed(live, options):
 
 
 @pytest.mark.parametrize('number', SIGNALS)
-@pytest.mark.parametrize('reach', [unconfigured, active, inactive, in_a_frame, failed])
+@pytest.mark.parametrize('reach', [unconfigured, active, inactive, finalized, in_a_frame, failed])
 def test_a_signal_ends_the_node_in_every_state_and_its_map_is_saved(
     live, node, reach, number, tmp_path
 ):

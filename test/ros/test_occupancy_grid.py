@@ -60,10 +60,10 @@ def test_a_planner_finds_the_walls_of_the_true_room(messages, scale):
     outputs, *seen = true_room(messages)
     outputs.set_scale(scale)
     options = OccupancyConfig(resolution=0.17 * scale)  # no wall stands between two cells
-    message = outputs.occupancy_grid(map_grid(outputs, *seen, options), stamp(3))
+    message = outputs.occupancy_grid(map_grid(outputs.world, *seen, options), stamp(3))
     assert stamp_ns(message) == stamp(3) and message.header.frame_id == 'world_of_the_robot'
     assert message.info.resolution == pytest.approx(0.17 * scale)
-    by_voxels = map_grid(outputs, *seen, OccupancyConfig())
+    by_voxels = map_grid(outputs.world, *seen, OccupancyConfig())
     assert by_voxels.resolution == pytest.approx(3 * VOXEL_M * scale)
     assert message.info.origin.orientation.w == 1 and len(message.data) == (
         message.info.width * message.info.height
@@ -87,7 +87,7 @@ def test_a_planner_finds_the_walls_of_the_true_room(messages, scale):
 def test_without_a_map_there_is_no_grid():
     outputs = Outputs(rosbags_messages())
     with pytest.raises(DataError, match='empty'):
-        map_grid(outputs, VoxelMap(), np.eye(4)[None], 1.0, OccupancyConfig())
+        map_grid(outputs.world, VoxelMap(), np.eye(4)[None], 1.0, OccupancyConfig())
 
 
 def offline_grid(messages, num_images):
@@ -98,7 +98,7 @@ def offline_grid(messages, num_images):
     seen = [reconstructor.process(picture(i), stamp(i)) for i in range(num_images)]
     poses = np.stack([prediction.T_world_camera.numpy() for prediction in seen])
     options = config.outputs.occupancy_grid
-    grid = map_grid(outputs, reconstructor.map, poses, tan_half_width(seen[-1]), options)
+    grid = map_grid(outputs.world, reconstructor.map, poses, tan_half_width(seen[-1]), options)
     return outputs.occupancy_grid(grid, stamp(num_images - 1))
 
 

@@ -8,7 +8,7 @@ import torch
 
 from stream3r_core.config import MappingConfig
 from stream3r_core.image import ImageGeometry
-from stream3r_core.mapping import VoxelMap
+from stream3r_core.mapping import MapCloud, VoxelMap
 from stream3r_core.types import FramePrediction
 from stream3r_ros.conversions import camera_matrix, depth_from_message, stamp_ns
 from stream3r_ros.messages import rclpy_messages, rosbags_messages
@@ -235,7 +235,7 @@ def position(pose):
 
 def test_a_scale_reaches_depth_poses_path_and_map_alike(messages):
     config = MappingConfig(voxel_size=VOXEL_M, min_confidence=1.0, confidence_quantile=0.0)
-    T_map_world = Outputs(messages).T_map_world.copy()
+    T_map_world = Outputs(messages).world.T_map_world.copy()
     T_map_world[:3, 3] = 1, 2, 3
     right, small = (Outputs(messages, 'map', T_map_world, mapping=config) for _ in range(2))
     maps = [VoxelMap(config), VoxelMap(dataclasses.replace(config, voxel_size=VOXEL_M / 2))]
@@ -257,6 +257,28 @@ def test_a_scale_reaches_depth_poses_path_and_map_alike(messages):
     cloud, other_cloud = (points_of(o.map(m.points(), 0)) for o, m in zip((right, small), maps))
     np.testing.assert_allclose(cloud.min(0), other_cloud.min(0), atol=1e-4)
     np.testing.assert_allclose(cloud.max(0), other_cloud.max(0), atol=1e-4)
+
+
+def test_a_map_message_has_one_scale_though_another_is_found_while_it_is_written(outputs):
+    voxel_map = VoxelMap(MappingConfig(voxel_size=VOXEL_M, confidence_quantile=0.0))
+    for prediction in true_predictions():
+        voxel_map.integrate(prediction)
+    cloud = voxel_map.points()
+    before = points_of(outputs.map(cloud, 0))
+
+    class Read:
+        """The map, read in two blocks, and what another thread does meanwhile."""
+
+        def __len__(self):
+            return len(cloud)
+
+        def blocks(self):
+            for rows in np.array_split(np.arange(len(cloud)), 2):
+                yield MapCloud(*(column[rows] for column in vars(cloud).values()))
+                outputs.set_scale(3.0)
+
+    np.testing.assert_array_equal(points_of(outputs.map(Read(), 0)), before)
+    np.testing.assert_allclose(points_of(outputs.map(cloud, 0)), 3 * before, rtol=1e-6)
 
 
 def test_another_map_frame_moves_everything_alike(messages):

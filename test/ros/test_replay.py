@@ -76,7 +76,7 @@ def test_replay_gives_what_the_core_gives_message_by_message(tmp_path):
     expected_map = outputs.map(cloud, STAMPS[-1])
     assert MESSAGES.serialize(messages['/stream3r/map'][0]) == MESSAGES.serialize(expected_map)
     saved = load_ply(tmp_path / 'out' / 'map.ply')
-    np.testing.assert_array_equal(saved.points_xyz, outputs.in_map_frame(cloud).points_xyz)
+    np.testing.assert_array_equal(saved.points_xyz, outputs.world.cloud(cloud).points_xyz)
     trajectory = read_trajectory(tmp_path / 'out' / 'trajectory.tum')
     poses = [frame.T_map_camera for frame in frames]
     np.testing.assert_allclose(trajectory.T_world_camera, poses, atol=1e-6)
@@ -199,7 +199,7 @@ def test_listed_photos_all_see_each_other(tmp_path):
     model = load_configured_model(config.model)
     predictions = reconstruct_photos(model, [picture(8 * k) for k in range(3)], config)
     outputs = Outputs(rosbags_messages(), mapping=config.mapping)
-    poses = [outputs.T_map_world @ p.T_world_camera.double().numpy() for p in predictions]
+    poses = [outputs.world.T_map_world @ p.T_world_camera.double().numpy() for p in predictions]
     trajectory = read_trajectory(tmp_path / 'out' / 'trajectory.tum')
     np.testing.assert_allclose(trajectory.T_world_camera, poses, atol=1e-6)
     assert len(load_ply(tmp_path / 'out' / 'map.ply')) == summary['map_points'] > 0

@@ -42,6 +42,8 @@ def test_a_leap_needs_a_second_image(order, leap_s):
     assert order.check(stray + S, 0.5) == pytest.approx(leap_s + 1)
 
 
-def test_after_a_reset_any_stamp_is_the_first(order):
+def test_after_a_reset_any_stamp_is_the_first_that_was_not_the_last(order):
     order.reset()
+    with pytest.raises(InputError, match='the one before'):  # its transform is on the graph
+        order.check(START, 0.5)
     assert order.check(1, 0.5) == 0
