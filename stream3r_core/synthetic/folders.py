@@ -15,7 +15,8 @@ TUM_DEPTH_SCALE = 5000  # depth PNG values of one metre
 def write_tum(sequence: SyntheticSequence, folder: str | Path) -> Path:
     """Write rgb/, depth/ (16-bit PNG), rgb.txt, depth.txt, groundtruth.txt and camera.txt.
 
-    camera.txt holds ``fx fy cx cy``, which the layout itself has no place for. Returns the folder.
+    camera.txt holds ``fx fy cx cy``, which the layout itself has no place for. Depth beyond the
+    13.1 m that 16 bits hold is written as unknown, 0. Returns the folder.
     """
     folder = _folders(Path(folder), 'rgb', 'depth')
     stamps = [stamp * 1e-9 for stamp in sequence.stamps_ns]
@@ -23,8 +24,7 @@ def write_tum(sequence: SyntheticSequence, folder: str | Path) -> Path:
     for stamp, image, depth in zip(stamps, sequence.images, sequence.depth_m):
         name = f'{stamp:.6f}.png'
         _write_image(folder / 'rgb' / name, image.numpy()[..., ::-1])
-        millis = (depth * TUM_DEPTH_SCALE).round().clamp(0, 65535).numpy().astype(np.uint16)
-        _write_image(folder / 'depth' / name, millis)
+        _write_image(folder / 'depth' / name, _tum_depth(depth.numpy()))
         for kind, lines in listing.items():
             lines.append(f'{stamp:.6f} {kind}/{name}')
     for kind, lines in listing.items():
@@ -52,6 +52,11 @@ def write_scene_folder(sequence: SyntheticSequence, folder: str | Path) -> Path:
             pose=sequence.T_world_camera[i].numpy(),
         )
     return folder
+
+
+def _tum_depth(depth_m: np.ndarray) -> np.ndarray:
+    units = np.round(depth_m * TUM_DEPTH_SCALE)
+    return np.where(units <= np.iinfo(np.uint16).max, units, 0).astype(np.uint16)
 
 
 def _tum_line(stamp: float, T_world_camera: Tensor) -> str:

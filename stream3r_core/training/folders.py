@@ -2,9 +2,13 @@
 
 One folder per scene: ``rgb/NAME.png`` (or .jpg), ``depth/NAME.npy`` (z-depth, metres, 0 unknown)
 and ``cam/NAME.npz`` with ``intrinsics`` [3, 3] in pixels and ``pose`` [4, 4], camera to world.
+A pose that is not finite marks a view whose camera was lost: it is never chosen.
 """
 
+import itertools
 import random
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +22,13 @@ from stream3r_core.training.batch import Batch
 from stream3r_core.training.settings import FolderConfig
 
 IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg')
+ROTATION_TOLERANCE = 0.01  # of R R^T against the identity
+_UNREADABLE = (
+    OSError, EOFError, ValueError, KeyError, TypeError, AttributeError,  # not of the right kind
+    zipfile.BadZipFile, zlib.error,  # torn
+)  # fmt: skip
+
+View = tuple[Path, Path, Path]  # image, depth, camera
 
 
 class SceneFolder:
@@ -41,20 +52,30 @@ class SceneFolder:
         rng = random.Random(seed)
         clips = []
         for _ in range(count):
-            views = rng.choice(self.scenes)
+            views = self._choose(rng.choice(self.scenes), frames, rng)
+            clips.append(self._load(views, size_hw, rng))
+        columns = zip(*(map(torch.stack, zip(*clip)) for clip in clips))
+        return Batch(*(torch.stack(column) for column in columns))
+
+    def _choose(self, views: list[View], frames: int, rng: random.Random) -> list[View]:
+        """Draw views until the pose of each is known; what is lost shows on reading only."""
+        config, scene = self.config, views[0][0].parents[1]
+        while views:
             chosen = choose_views(
                 len(views),
                 frames,
                 rng,
-                self.config.max_interval,
-                self.config.video_prob,
-                self.config.fix_interval_prob,
+                config.max_interval,
+                config.video_prob,
+                config.fix_interval_prob,
             )
-            clips.append(self._load([views[i] for i in chosen], size_hw, rng))
-        columns = zip(*(map(torch.stack, zip(*clip)) for clip in clips))
-        return Batch(*(torch.stack(column) for column in columns))
+            lost = {i for i in chosen if not np.isfinite(read_camera(views[i][2])[1]).all()}
+            if not lost:
+                return [views[i] for i in chosen]
+            views = [view for i, view in enumerate(views) if i not in lost]
+        raise DataError(f'{scene}: no view has a finite camera pose; take the scene away')
 
-    def _load(self, views: list, size_hw: tuple[int, int], rng: random.Random) -> list:
+    def _load(self, views: list[View], size_hw: tuple[int, int], rng: random.Random) -> list:
         """Load the views of a clip; its margin is common, its colours may be."""
         config = self.config
         margin = rng.randrange(config.aug_crop) if config.aug_crop else 0
@@ -66,7 +87,7 @@ class SceneFolder:
         return loaded
 
 
-def views_of(scene: Path) -> list[tuple[Path, Path, Path]]:
+def views_of(scene: Path) -> list[View]:
     """Return (image, depth, camera) files of a scene in order of names; empty: not a scene."""
     if not (scene / 'rgb').is_dir():
         return []
@@ -92,23 +113,38 @@ def choose_views(
 ) -> list[int]:
     """Choose ``frames`` of ``total`` views: a video, or a collection (model.md 20).
 
-    A scene with fewer views than asked for is walked to and fro.
+    The start is drawn first, then the intervals, each up to twice what would just reach the last
+    view; views that fall behind the last one are drawn from those passed over. A scene with fewer
+    views than asked for is walked to and fro.
     """
-    if total < frames:
-        to_and_fro = list(range(total)) + list(range(total - 2, 0, -1))
-        start = rng.randrange(total)
-        return [to_and_fro[(start + i) % len(to_and_fro)] for i in range(frames)]
-    limit = max(1, min(max_interval, (total - 1) // max(1, frames - 1)))
+    short, gaps = total < frames, max(1, frames - 1)
+    start = rng.randrange(total if short else total - frames + 1)
+    remaining = total - 1 - (0 if short else start)
     video = rng.random() < video_prob
     if video and rng.random() < fix_interval_prob:
-        intervals = [rng.randint(1, limit)] * (frames - 1)
+        step = rng.randint(1, max(1, min(max_interval, remaining // gaps)))
+        intervals = [step] * (frames - 1)
     else:
+        limit = max(1, min(max_interval, 2 * remaining // gaps))
         intervals = [rng.randint(1, limit) for _ in range(frames - 1)]
-    start = rng.randrange(total - sum(intervals))
-    chosen = [start]
-    for step in intervals:
-        chosen.append(chosen[-1] + step)
+    chosen = list(itertools.accumulate(intervals, initial=start))
+    if short:
+        chosen = [_to_and_fro(i, total) for i in chosen]
+    else:
+        chosen = _drawn_back(chosen, total, rng)
     return chosen if video else _shuffled_in_blocks(chosen, rng)
+
+
+def _to_and_fro(position: int, total: int) -> int:
+    """Fold a walk past the ends back into 0 .. total - 1."""
+    period = max(1, 2 * (total - 1))
+    return min(position % period, -position % period)
+
+
+def _drawn_back(chosen: list[int], total: int, rng: random.Random) -> list[int]:
+    inside = [i for i in chosen if i < total]
+    passed_over = sorted(set(range(chosen[0], total)) - set(inside))
+    return sorted(inside + rng.sample(passed_over, len(chosen) - len(inside)))
 
 
 def _shuffled_in_blocks(chosen: list[int], rng: random.Random) -> list[int]:
@@ -121,7 +157,7 @@ def _shuffled_in_blocks(chosen: list[int], rng: random.Random) -> list[int]:
 
 
 def load_view(
-    files: tuple[Path, Path, Path],
+    files: View,
     size_hw: tuple[int, int],
     margin: int = 0,
     jitter: ColorJitter | None = None,
@@ -162,19 +198,57 @@ def _read_view(image_path: Path, depth_path: Path, camera_path: Path):
     try:
         with Image.open(image_path) as file:
             image = file.convert('RGB')
-    except OSError as error:
+    except (OSError, SyntaxError) as error:  # the latter is how Pillow calls a broken PNG
         raise DataError(f'{image_path} cannot be read as an image: {error}') from error
+    K, pose = read_camera(camera_path)
+    if not np.isfinite(pose).all():
+        raise DataError(f'{camera_path}: pose is not finite: the camera was lost; leave it out')
+    return image, _read_depth(depth_path, (image.height, image.width)), K, pose
+
+
+def _read_depth(path: Path, size_hw: tuple[int, int]) -> np.ndarray:
     try:
-        depth = np.load(depth_path).astype(np.float32)
-        camera = np.load(camera_path)
-        K, pose = camera['intrinsics'].astype(np.float64), camera['pose'].astype(np.float64)
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f'{depth_path.stem}: depth or camera cannot be read: {error}') from error
-    if depth.shape != (image.height, image.width):
+        depth = np.load(path)
+        kind = f'{depth.dtype} {list(depth.shape)}'
+    except _UNREADABLE as error:
         raise DataError(
-            f'{depth_path}: depth {depth.shape} does not match image {image.height, image.width}'
+            f'{path}: expected an array of z-depths, cannot read it: {error}'
+        ) from error
+    if depth.shape != size_hw or not np.issubdtype(depth.dtype, np.floating):
+        raise DataError(
+            f'{path}: expected floating-point metres {list(size_hw)} as the image has, got {kind}'
         )
-    return image, np.nan_to_num(depth, posinf=0.0, neginf=0.0), K, pose
+    return np.nan_to_num(depth.astype(np.float32), posinf=0.0, neginf=0.0)
+
+
+def read_camera(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return K [3, 3] in pixels and the pose [4, 4], camera to world; a lost one is not finite."""
+    try:
+        with np.load(path) as camera:
+            K, pose = (camera[name].astype(np.float64) for name in ('intrinsics', 'pose'))
+    except _UNREADABLE as error:
+        raise DataError(
+            f'{path}: expected an npz file with intrinsics and pose, cannot read it: {error}'
+        ) from error
+    if K.shape != (3, 3) or not (np.isfinite(K).all() and min(K[0, 0], K[1, 1]) > 0):
+        raise DataError(
+            f'{path}: expected intrinsics [3, 3] in pixels with positive focal lengths, '
+            f'got {K.tolist()}'
+        )
+    if pose.shape != (4, 4):
+        raise DataError(f'{path}: expected a pose [4, 4] camera to world, got {list(pose.shape)}')
+    if np.isfinite(pose).all() and not _is_rigid(pose):
+        raise DataError(
+            f'{path}: expected a pose of rotation and translation (metres), without scale, '
+            f'got {pose.tolist()}'
+        )
+    return K, pose
+
+
+def _is_rigid(pose: np.ndarray) -> bool:
+    R, last = pose[:3, :3], pose[3] - (0, 0, 0, 1)
+    off = max(np.abs(R @ R.T - np.eye(3)).max(), np.abs(last).max())
+    return bool(off < ROTATION_TOLERANCE and np.linalg.det(R) > 0)
 
 
 def crop_about_center(

@@ -2,8 +2,10 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from stream3r_core.errors import ConfigError
 from stream3r_core.geometry import invert_se3, transform_points, unproject_to_world
@@ -16,6 +18,7 @@ from stream3r_core.synthetic import (
     sample_clips,
 )
 from stream3r_core.synthetic.clips import pinhole, texture_pool
+from stream3r_core.synthetic.folders import write_tum
 from stream3r_core.synthetic.render import camera_rays, render
 from stream3r_core.synthetic.textures import LEVELS, SIDE, make_textures, sample_textures
 from stream3r_core.synthetic.trajectories import clear_path, clearance, sample_paths
@@ -183,6 +186,16 @@ def test_the_sky_has_no_depth_and_the_ground_has():
     clips = sample_clips(3, ClipConfig(height=24, width=32, frames=2, kind='open'), seed=2)
     assert 0 < (clips.depth_m == 0).float().mean() < 0.7
     assert (clips.depth_m[:, :, -1] > 0).all()
+
+
+def test_depth_that_a_tum_image_cannot_hold_is_unknown(tmp_path):
+    yard = render_sequence(seed=0, num_frames=1, height=24, width=32, kind='open')
+    write_tum(yard, tmp_path)
+    [path] = (tmp_path / 'depth').iterdir()
+    read = torch.from_numpy(np.array(Image.open(path)) / 5000.0).float()
+    far = yard.depth_m[0] > 13.1
+    assert far.any() and not far.all()
+    torch.testing.assert_close(read, yard.depth_m[0].where(~far, 0.0), atol=1.1e-4, rtol=0)
 
 
 def test_a_corridor_is_long_and_narrow():
