@@ -81,8 +81,8 @@ class Trainer:
         batch = self.data.batch(self.step, draw)
         sight = Visibility.draw(self.config.stage_at(self.step), self.config.seed, draw)
         with fast_small_attention(self.accelerator.device):  # recomputed blocks need it as well
-            with self.accelerator.autocast():
-                terms = self.objective(self.model, batch, sight)
+            # The prepared network has its own autocast; targets and losses stay in float32.
+            terms = self.objective(self.model, batch, sight)
             loss = sum(terms.values())
             require_finite(loss, self.step)
             self.accelerator.backward(loss / self.config.optimizer.accumulate)
