@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -55,6 +56,21 @@ def latest_checkpoint(output: Path) -> Path | None:
     return folders[-1] if folders else None
 
 
+def read_run(folder: Path) -> dict[str, Any]:
+    """Return step, recipe and optimiser groups of a checkpoint."""
+    try:
+        return json.loads((folder / RUN).read_text())
+    except (OSError, ValueError) as error:
+        raise _incomplete(folder, error) from error
+
+
+def _incomplete(folder: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f'{folder} is not a complete training checkpoint ({error}); delete it to go on from '
+        'the one before'
+    )
+
+
 def load_checkpoint(
     folder: Path,
     live: CausalVGGT,
@@ -62,24 +78,15 @@ def load_checkpoint(
     optimizers: Sequence[torch.optim.Optimizer],
 ) -> int:
     """Put everything back in place and return the step."""
+    run = read_run(folder)
     try:
-        run = json.loads((folder / RUN).read_text())
         tensors = load_file(folder / OPTIMIZER)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f'{folder} is not a complete training checkpoint ({error}); delete it to go on from '
-            'the one before'
-        ) from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _incomplete(folder, error) from error
     for model, name in ((live, LIVE), (averaged, WEIGHTS)):
         weights, _ = read_weights(folder / name)
         model.load_state_dict(weights)
     states = _unflatten(tensors, run['optimizers'])
-    if len(states) != len(optimizers):
-        raise CheckpointError(
-            f'{folder} was written with {len(states)} optimisers, this recipe has '
-            f'{len(optimizers)}; set optimizer.name as it was, or start in a new folder from its '
-            'weights (init)'
-        )
     for optimizer, state in zip(optimizers, states):
         optimizer.load_state_dict(state)
     return run['step']

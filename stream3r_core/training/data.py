@@ -1,5 +1,7 @@
 """Batches as a pure function of (seed, draw, process): a resumed run sees the same data."""
 
+import dataclasses
+import hashlib
 import math
 import random
 from collections.abc import Iterator
@@ -8,16 +10,15 @@ from dataclasses import dataclass
 import torch
 
 from stream3r_core.errors import ConfigError
-from stream3r_core.synthetic import DRONE, HAND_HELD, WHEELED, ClipConfig, sample_clips
+from stream3r_core.synthetic import ClipConfig, sample_clips
 from stream3r_core.training.batch import Batch
 from stream3r_core.training.folders import SceneFolder
-from stream3r_core.training.settings import StageConfig, TrainingConfig
+from stream3r_core.training.settings import MOTIONS, StageConfig, TrainingConfig
 
-MOTIONS = {'hand_held': HAND_HELD, 'wheeled': WHEELED, 'drone': DRONE}
 TRAINING_TEXTURES = 0
 HELD_OUT_TEXTURES = 7
 HELD_OUT_FPS = 10.0
-_HELD_OUT_SEED = 1 << 40
+HELD_OUT_SEED = 1 << 40  # training draws seeds below
 _HELD_OUT_BATCH = 4
 
 
@@ -42,14 +43,15 @@ class DataMixture:
         """Return the batch number ``draw``, in the stage of ``step``."""
         stage, config = self.config.stage_at(step), self.config
         # All processes draw the same source and clip length: their steps take equally long.
-        rng = random.Random(step_seed(config.seed, draw))
+        rng = random.Random(step_seed(config.seed, draw, purpose='batch'))
         source = rng.choices([None, *self.folders], self.weights)[0]
         frames = rng.choice(stage.frames)
         count = max(1, stage.batch * min(stage.frames) // frames)
         seed = step_seed(config.seed, draw, self.process)
         if source is not None:
             return source.batch(count, frames, tuple(stage.size_hw), seed).to(self.device)
-        clip = clip_config(stage, frames, random.Random(seed), config.compile_renderer)
+        rng = random.Random(step_seed(config.seed, draw, self.process, 'clip'))
+        clip = clip_config(stage, frames, rng, config.compile_renderer)
         return rendered(count, clip, seed, self.device)
 
     def held_out(self, step: int) -> list[Batch]:
@@ -60,9 +62,14 @@ class DataMixture:
         return self._held_out[1]
 
 
-def step_seed(seed: int, draw: int, process: int = 0) -> int:
-    """Mix into one seed below 2**40: held-out seeds lie above."""
-    return (seed * 0x9E3779B1 + draw * 0x85EBCA77 + process * 0xC2B2AE3D + 12345) % _HELD_OUT_SEED
+def step_seed(seed: int, draw: int, process: int = 0, purpose: str = 'content') -> int:
+    """Hash into one seed below 2**40: held-out seeds lie above.
+
+    What is drawn for different purposes must not hang together: with one seed for source and scene
+    a mixture would show half of the scenes only.
+    """
+    digest = hashlib.blake2b(f'{seed} {draw} {process} {purpose}'.encode(), digest_size=8)
+    return int.from_bytes(digest.digest(), 'little') % HELD_OUT_SEED
 
 
 @dataclass(frozen=True)
@@ -72,24 +79,26 @@ class Visibility:
     mode: str = 'causal'  # or 'window', 'full'
     window: int = 1
     keep: float = 1.0  # share of the tokens of past frames, mode causal only
-    seed: int = 0  # which tokens
+    seed: int = 0  # of what else is drawn in the step, such as which tokens
 
     @classmethod
     def draw(cls, stage: StageConfig, seed: int, draw: int) -> 'Visibility':
         """Draw it for a step, the same on every process."""
-        mixed = step_seed(seed, draw) ^ 0x5A5A5A
+        mixed = step_seed(seed, draw, purpose='visibility')
         rng = random.Random(mixed)
         window, keep = rng.choice(stage.windows), rng.choice(stage.keep)
+        return dataclasses.replace(cls.of(window), keep=1.0 if window else keep, seed=mixed)
+
+    @classmethod
+    def of(cls, window: int) -> 'Visibility':
+        """Return what an attention window of a recipe means."""
         if window:
             return cls('window', window) if window > 0 else cls('full')
-        return cls('causal', 1, keep, mixed)
+        return cls('causal')
 
 
 def clip_config(stage: StageConfig, frames: int, rng: random.Random, compiled: bool) -> ClipConfig:
     """Draw what is common to the clips of one batch."""
-    motion = rng.choice(stage.motions)
-    if motion not in MOTIONS:
-        raise ConfigError(f'unknown way to carry a camera {motion!r}; known: {", ".join(MOTIONS)}')
     return ClipConfig(
         height=stage.size_hw[0],
         width=stage.size_hw[1],
@@ -98,7 +107,7 @@ def clip_config(stage: StageConfig, frames: int, rng: random.Random, compiled: b
         fov_deg=tuple(stage.fov_deg),
         room_half_m=tuple(stage.room_half_m),
         kind=rng.choice(stage.worlds),
-        motion=MOTIONS[motion],
+        motion=MOTIONS[rng.choice(stage.motions)],
         moving=stage.moving,
         shadows=stage.shadows,
         compiled=compiled,
@@ -135,4 +144,4 @@ def held_out_batches(
     )
     for done in range(0, config.validation_scenes, _HELD_OUT_BATCH):
         count = min(_HELD_OUT_BATCH, config.validation_scenes - done)
-        yield rendered(count, clip, _HELD_OUT_SEED + done, device)
+        yield rendered(count, clip, HELD_OUT_SEED + done, device)

@@ -32,6 +32,15 @@ def initialise(model: CausalVGGT) -> CausalVGGT:
     return model
 
 
+def require_single_answer(model: CausalVGGT) -> None:
+    """Refuse a camera head whose answer is a sum over iterations."""
+    if model.config.camera_iterations != 1:
+        raise ConfigError(
+            'fit_pose_batches needs a network with camera_iterations 1, got '
+            f'{model.config.camera_iterations}; set fit_pose_batches to 0'
+        )
+
+
 @torch.no_grad()
 def fit_pose_layer(model: CausalVGGT, batches: Iterable[Batch], ridge: float = 30.0) -> CausalVGGT:
     """Set the last layer of the camera head by least squares on ``batches``, in place.
@@ -39,8 +48,7 @@ def fit_pose_layer(model: CausalVGGT, batches: Iterable[Batch], ridge: float = 3
     A network that has learned its depth and matches first carries the rotation in its camera
     tokens long before small steps have grown the last layer enough to say so.
     """
-    if model.config.camera_iterations != 1:
-        raise ConfigError('fit_pose_batches needs a network with camera_iterations = 1')
+    require_single_answer(model)
     last, features, answers = model.camera_head.pose_branch.fc2, [], []
     handle = last.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].float()))
     for batch in batches:

@@ -20,20 +20,20 @@ _TOLERANCE = 0.05  # of the depth: farther apart, a point is hidden in the other
 
 
 class RecordingAttention:
-    """The attention rule of the global blocks, remembering the queries and keys of one head."""
+    """The attention rule of each global block, remembering the queries and keys of one head."""
 
-    def __init__(self, rule: AttentionFn, layers: tuple[int, ...]):
-        self.rule, self.layers = rule, layers
+    def __init__(self, rules: Callable[[int], AttentionFn], layers: tuple[int, ...]):
+        self.rules, self.layers = rules, layers
         self.seen: list[tuple[Tensor, Tensor]] = []  # [B, S * P, D] each
 
-    def __call__(self, layer: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def __call__(self, layer: int) -> AttentionFn:
         """Return the attention function of global block ``layer``."""
-        return partial(self._attend, layer in self.layers)
+        rule = self.rules(layer)
+        return partial(self._attend, rule) if layer in self.layers else rule
 
-    def _attend(self, record: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if record:
-            self.seen.append((q[:, 0], k[:, 0]))
-        return self.rule(q, k, v)
+    def _attend(self, rule: AttentionFn, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.seen.append((q[:, 0], k[:, 0]))
+        return rule(q, k, v)
 
 
 def matching_loss(

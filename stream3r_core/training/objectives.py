@@ -1,6 +1,7 @@
 """What is minimised: each objective maps (network, batch, visibility) to named, weighted terms."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -43,10 +44,14 @@ class DenseObjective:
         self.config = config
         sizes = config.model or model_config(config.preset)
         self.patch_size, self.num_special = sizes.patch_size, sizes.num_special_tokens
+        if wrong := [layer for layer in config.match_layers if not 0 <= layer < sizes.depth]:
+            raise ConfigError(
+                f'match_layers {wrong}: the global blocks are 0 to {sizes.depth - 1}'
+            )
 
     def __call__(self, model: nn.Module, batch: Batch, sight: Visibility) -> dict[str, Tensor]:
         """Return the terms."""
-        attention = RecordingAttention(self._rule(batch, sight), self.config.match_layers)
+        attention = RecordingAttention(self._rules(batch, sight), self.config.match_layers)
         answer = model(
             batch.images, mode=sight.mode, window=sight.window, global_attention=attention
         )
@@ -56,12 +61,12 @@ class DenseObjective:
             terms['matching'] = self.config.match_weight * loss
         return terms
 
-    def _rule(self, batch: Batch, sight: Visibility) -> AttentionFn:
+    def _rules(self, batch: Batch, sight: Visibility) -> Callable[[int], AttentionFn]:
         frames = batch.images.shape[1]
         if sight.keep < 1:
-            generator = torch.Generator().manual_seed(sight.seed)
-            return ForgettingAttention(frames, sight.keep, generator, self.num_special)
-        return FrameAttention(frames, visible_window(sight.mode, sight.window, frames))
+            return ForgettingAttention(frames, sight.keep, sight.seed, self.num_special)
+        rule = FrameAttention(frames, visible_window(sight.mode, sight.window, frames))
+        return lambda layer: rule
 
 
 def _distillation(config: TrainingConfig, device: torch.device) -> Objective:
@@ -74,8 +79,8 @@ def _distillation(config: TrainingConfig, device: torch.device) -> Objective:
     has_tracks = teacher.config.track is not None
 
     def objective(model: nn.Module, batch: Batch, sight: Visibility) -> dict[str, Tensor]:
-        queries = query_pixels(batch.valid[:, 0]) if has_tracks else None
-        with torch.no_grad():
+        queries = query_pixels(batch.valid[:, 0], sight.seed) if has_tracks else None
+        with torch.no_grad(), precision_of(config, device):
             wanted = teacher(batch.images, mode='full', query_points=queries)
         answer = model(batch.images, mode=sight.mode, window=sight.window, query_points=queries)
         return distillation_loss(answer, wanted, batch.valid)
@@ -83,13 +88,20 @@ def _distillation(config: TrainingConfig, device: torch.device) -> Objective:
     return objective
 
 
-def query_pixels(valid: Tensor, count: int = _NUM_QUERIES) -> Tensor:
+def precision_of(config: TrainingConfig, device: torch.device) -> AbstractContextManager:
+    """Return the autocast that the recipe asks for; to be put round networks, never losses."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == 'bf16')
+
+
+def query_pixels(valid: Tensor, seed: int, count: int = _NUM_QUERIES) -> Tensor:
     """Draw ``count`` known pixels (x, y) of each first view; zeros where too few are known.
 
-    valid [B, H, W] bool; returns [B, count, 2] float32.
+    valid [B, H, W] bool; returns [B, count, 2] float32, the same for the same seed.
     """
     b, _, width = valid.shape
-    scores = torch.rand(b, valid[0].numel(), device=valid.device) * valid.flatten(1)
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(b, valid[0].numel(), generator=generator).to(valid.device)
+    scores = scores * valid.flatten(1)
     best = scores.topk(min(count, scores.shape[1]), dim=1)
     pixels = torch.stack([best.indices % width, best.indices // width], -1).float()
     pixels = torch.nn.functional.pad(pixels, (0, 0, 0, count - pixels.shape[1]))

@@ -2,9 +2,12 @@
 
 import argparse
 import importlib.util
+from datetime import timedelta
 from pathlib import Path
 
 from stream3r_core.training.settings import TrainingConfig, load_recipe
+
+_PATIENCE = timedelta(hours=2)
 
 
 def main(
@@ -14,7 +17,7 @@ def main(
 
     ``stop_at``: leave after this step with a checkpoint, to go on another time.
     """
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     from stream3r_core.training.trainer import Trainer
 
@@ -25,6 +28,12 @@ def main(
         cpu=device == 'cpu',
         log_with=_trackers(),
         project_dir=folder,
+        kwargs_handlers=[
+            # Only the dense loss reaches every parameter.
+            DistributedDataParallelKwargs(find_unused_parameters=config.loss != 'dense'),
+            # The others wait while the first process validates.
+            InitProcessGroupKwargs(timeout=_PATIENCE),
+        ],
     )
     accelerator.init_trackers('tensorboard')
     trainer = Trainer(config, folder, accelerator)

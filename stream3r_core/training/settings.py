@@ -1,5 +1,6 @@
 """The configuration of a training run; recipes in ``config/training/*.yaml`` spell it out."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -7,7 +8,21 @@ import yaml
 
 from stream3r_core.config import ModelConfig, from_dict, option
 from stream3r_core.errors import ConfigError, DataError
+from stream3r_core.synthetic import DRONE, HAND_HELD, WHEELED
+from stream3r_core.synthetic.worlds import KINDS
 from stream3r_core.training.dense_loss import DenseLossConfig
+
+MOTIONS = {'hand_held': HAND_HELD, 'wheeled': WHEELED, 'drone': DRONE}
+
+
+def require(name: str, good: bool, got: object, expected: str) -> None:
+    """Refuse an option of a recipe that is not as expected."""
+    if not good:
+        raise ConfigError(f'{name}: expected {expected}, got {got!r}')
+
+
+def _is_range(pair: tuple[float, ...], low: float, high: float) -> bool:
+    return len(pair) == 2 and low < pair[0] <= pair[1] < high
 
 
 @dataclass(frozen=True)
@@ -37,11 +52,30 @@ class StageConfig:
     )
     worlds: tuple[str, ...] = option(('room',), 'kinds of worlds; one is drawn per step')
     windows: tuple[int, ...] = option(
-        (0,), 'attention windows; 0 = causal, -1 = all frames; one is drawn per step'
+        (0,),
+        'attention windows; 0 = causal, -1 = all frames; one is drawn per step, the first is '
+        'validated',
     )
     keep: tuple[float, ...] = option(
         (1.0,), 'share of the tokens of past frames that stay visible; one is drawn per step'
     )
+
+    def __post_init__(self):
+        for name in ('frames', 'windows', 'keep', 'motions', 'worlds'):
+            require(name, len(getattr(self, name)) > 0, (), 'at least one value')
+        require('frames', min(self.frames) >= 1, self.frames, 'lengths of at least 1')
+        sides = self.size_hw
+        require('size_hw', len(sides) == 2 and min(sides) > 0, sides, 'height and width')
+        require('fps', _is_range(self.fps, 0, math.inf), self.fps, 'lowest and highest above 0')
+        require('fov_deg', _is_range(self.fov_deg, 0, 180), self.fov_deg, 'two within 0 to 180')
+        room = self.room_half_m
+        require('room_half_m', _is_range(room, 0, math.inf), room, 'smallest and largest above 0')
+        require('windows', min(self.windows) >= -1, self.windows, '-1, 0 or numbers of frames')
+        shares = all(0 <= share <= 1 for share in self.keep)
+        require('keep', shares, self.keep, 'shares from 0 to 1')
+        for name, known in (('motions', MOTIONS), ('worlds', KINDS)):
+            values = getattr(self, name)
+            require(name, set(values) <= set(known), values, f'some of {", ".join(known)}')
 
 
 @dataclass(frozen=True)
@@ -108,7 +142,7 @@ class TrainingConfig:
     teacher: str = option('', 'weights of the teacher of the distillation')
     freeze: tuple[str, ...] = option((), 'prefixes of parameters that keep their values')
     seed: int = option(0, 'seed of everything')
-    precision: str = option('bf16', 'autocast precision', choices=('no', 'bf16', 'fp16'))
+    precision: str = option('bf16', 'autocast precision', choices=('no', 'bf16'))
     match_layers: tuple[int, ...] = option((), 'global blocks whose first head is taught to match')
     match_weight: float = option(0.2, 'weight of that teaching', minimum=0.0)
     fit_pose_step: int = option(0, 'when to fit the last layer of the camera head', minimum=0)
@@ -128,6 +162,20 @@ class TrainingConfig:
     folders: tuple[FolderConfig, ...] = ()
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     dense: DenseLossConfig = field(default_factory=DenseLossConfig)
+
+    def __post_init__(self):
+        require('stages', len(self.stages) > 0, self.stages, 'at least one')
+        dense = self.loss == 'dense'
+        require(
+            'match_layers',
+            dense or not self.match_layers,
+            self.match_layers,
+            'none, or loss dense',
+        )
+        keep = [share for stage in self.stages for share in stage.keep]
+        require('keep', dense or min(keep) == 1, keep, '1.0, or loss dense')
+        if self.init == 'shipped' and self.model is not None:
+            raise ConfigError("init 'shipped' is for a preset; leave out the sizes under model")
 
     @property
     def total_steps(self) -> int:
@@ -150,7 +198,10 @@ def load_recipe(path: str | Path) -> TrainingConfig:
         raise DataError(
             f'training recipe {path} does not exist; see config/training/ for examples'
         )
-    values = yaml.safe_load(path.read_text())
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f'{path} is no YAML: {error}') from error
     if not isinstance(values, dict):
         raise ConfigError(f'{path}: expected a mapping of training options, got {values!r:.80}')
     return from_dict(TrainingConfig, values)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
@@ -16,15 +17,16 @@ from tqdm import tqdm
 
 from stream3r_core.checkpoints import load_model
 from stream3r_core.config import model_config, to_dict
-from stream3r_core.errors import ConfigError, Stream3rError
+from stream3r_core.errors import CheckpointError, ConfigError, Stream3rError
 from stream3r_core.model.network import CausalVGGT
 from stream3r_core.training.checkpointing import (
     latest_checkpoint,
     load_checkpoint,
+    read_run,
     save_checkpoint,
 )
 from stream3r_core.training.data import DataMixture, Visibility
-from stream3r_core.training.initialise import fit_pose_layer, initialise
+from stream3r_core.training.initialise import fit_pose_layer, initialise, require_single_answer
 from stream3r_core.training.objectives import make_objective
 from stream3r_core.training.optimizers import (
     learning_rate,
@@ -34,7 +36,19 @@ from stream3r_core.training.optimizers import (
 from stream3r_core.training.settings import TrainingConfig
 from stream3r_core.training.validation import validate
 
+LOG = 'log.jsonl'
 _LOG_EVERY = 50  # steps
+#: Options of which a resumed run does not depend, and places that may have moved.
+_MAY_CHANGE = (
+    'save_every',
+    'validate_every',
+    'validation_scenes',
+    'validation_frames',
+    'compile_renderer',
+    'checkpoint_blocks',
+    'init',
+    'teacher',
+)
 
 
 class Trainer:
@@ -45,6 +59,8 @@ class Trainer:
         self.network = make_network(config).to(accelerator.device)
         self.averaged = make_network(config).to(accelerator.device).requires_grad_(False).eval()
         self.averaged.load_state_dict(self.network.state_dict())
+        if config.fit_pose_batches:
+            require_single_answer(self.network)
         freeze(self.network, config.freeze)
         if config.checkpoint_blocks:
             recompute_blocks(self.network)
@@ -96,14 +112,19 @@ class Trainer:
 
     def _fit_pose_layer(self) -> None:
         """Fit the last layer of the camera head to batches that are not trained on."""
-        count, first = self.config.fit_pose_batches, self.config.total_steps
+        count = self.config.fit_pose_batches
+        first = self.config.total_steps * self.config.optimizer.accumulate
         draws = range(first, first + count)
         fit_pose_layer(self.network, (self.data.batch(self.step, draw) for draw in draws))
+        # Each process has fitted its own batches; one network goes on.
+        broadcast([p.data for p in self.network.camera_head.pose_branch.fc2.parameters()])
         self.averaged.load_state_dict(self.network.state_dict())
 
     def validate(self) -> dict[str, float]:
-        """Measure the averaged weights on the held-out sequences."""
-        return validate(self.averaged, self.data.held_out(self.step), 'causal')
+        """Measure the averaged weights on the held-out sequences, seen as in training."""
+        sight = Visibility.of(self.config.stage_at(self.step).windows[0])
+        batches, bf16 = self.data.held_out(self.step), self.config.precision == 'bf16'
+        return validate(self.averaged, batches, sight.mode, sight.window, bf16)
 
     def save(self) -> None:
         """Write a checkpoint; a kill in between leaves the previous one."""
@@ -121,15 +142,23 @@ class Trainer:
     def resume(self) -> bool:
         """Load the newest checkpoint of the folder, if there is one."""
         folder = latest_checkpoint(self.output)
-        if folder is None:
-            return False
-        self.step = load_checkpoint(folder, self.network, self.averaged, self.optimizers)
-        return True
+        if folder is not None:
+            require_same_recipe(folder, to_dict(self.config))
+            self.step = load_checkpoint(folder, self.network, self.averaged, self.optimizers)
+        steps = self.accelerator.gather(torch.tensor([self.step], device=self.accelerator.device))
+        if len(steps.unique()) > 1:
+            raise CheckpointError(
+                f'the processes found checkpoints of steps {steps.tolist()}: all need the same '
+                f'folder {self.output}'
+            )
+        if folder is not None and self.accelerator.is_main_process:
+            forget_later_lines(self.output / LOG, self.step)
+        return folder is not None
 
     def run(self, stop_at: int | None = None) -> None:
         """Train to the end of the last stage, writing logs, checkpoints and validations."""
         config, main = self.config, self.accelerator.is_main_process
-        last = min(config.total_steps, stop_at or config.total_steps)
+        last = config.total_steps if stop_at is None else min(config.total_steps, stop_at)
         sums: dict[str, Tensor] = defaultdict(float)
         started, since = time.monotonic(), self.step
         bar = tqdm(total=config.total_steps, initial=self.step, unit='step', disable=not main)
@@ -140,7 +169,10 @@ class Trainer:
                 sums[name] = sums[name] + value.detach()
             bar.update()
             if self.step % _LOG_EVERY == 0:
-                means = {name: float(value) / (self.step - since) for name, value in sums.items()}
+                means = {
+                    name: float(self.accelerator.reduce(value, 'mean')) / (self.step - since)
+                    for name, value in sums.items()
+                }
                 self._log(
                     {**means, 'seconds': (time.monotonic() - started) / (self.step - since)},
                     'train',
@@ -159,8 +191,26 @@ class Trainer:
         self.accelerator.log({f'{kind}/{k}': v for k, v in values.items()}, step=self.step)
         if self.accelerator.is_main_process:
             line = {'kind': kind, 'step': self.step, **{k: round(v, 6) for k, v in values.items()}}
-            with (self.output / 'log.jsonl').open('a') as file:
+            with (self.output / LOG).open('a') as file:
                 file.write(json.dumps(line) + '\n')
+
+
+def require_same_recipe(folder: Path, recipe: dict) -> None:
+    """Refuse to go on with another recipe than the one a checkpoint was made with."""
+    old, new = read_run(folder)['recipe'], json.loads(json.dumps(recipe))
+    for name in sorted(old.keys() | new.keys()):
+        if name not in _MAY_CHANGE and old.get(name) != new.get(name):
+            raise CheckpointError(
+                f'{folder} was made with {name} = {old.get(name)}, the recipe now says '
+                f'{new.get(name)}; put it back, or start in a new folder from the weights (init)'
+            )
+
+
+def forget_later_lines(log: Path, step: int) -> None:
+    """Drop what was logged after ``step``: those steps are done again."""
+    if log.is_file():
+        lines = log.read_text().splitlines(keepends=True)
+        log.write_text(''.join(line for line in lines if json.loads(line)['step'] <= step))
 
 
 def make_network(config: TrainingConfig) -> CausalVGGT:

@@ -15,7 +15,11 @@ _STILL_M = 0.01  # paths of smaller extent count as standing still
 
 @torch.no_grad()
 def validate(
-    model: CausalVGGT, batches: Iterable[Batch], mode: str = 'causal', window: int = 5
+    model: CausalVGGT,
+    batches: Iterable[Batch],
+    mode: str = 'causal',
+    window: int = 5,
+    bf16: bool = True,
 ) -> dict[str, float]:
     """Return means over the sequences of ``batches``.
 
@@ -27,6 +31,8 @@ def validate(
     - rpe_m, rpe_deg: of one frame to the next, root mean square, in the scale of the depth.
     - fov_error_deg: horizontal.
 
+    The network computes with autocast to bfloat16, unless told otherwise.
+
     ``static_*`` and ``velocity_*`` are the same for a camera that never moves, and for one that
     goes on as between the first two frames, which it is told.
     """
@@ -35,7 +41,7 @@ def validate(
     rows = []
     for batch in batches:
         device = batch.images.device.type
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
             result = model(batch.images, mode=mode, window=window)
         rows += [_sequence(result, batch, b) for b in range(len(batch.images))]
     model.train(training)

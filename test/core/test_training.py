@@ -58,8 +58,14 @@ SMALL = ModelConfig(
 
 
 def recipe(steps=6, **changes):
+    dense = changes.get('loss', 'dense') == 'dense'
     stage = StageConfig(
-        steps=steps, batch=2, frames=(2, 3), size_hw=(24, 32), windows=(0, 2), keep=(1.0, 0.5)
+        steps=steps,
+        batch=2,
+        frames=(2, 3),
+        size_hw=(24, 32),
+        windows=(0, 2),
+        keep=(1.0, 0.5) if dense else (1.0,),
     )
     config = TrainingConfig(
         model=SMALL,
@@ -69,7 +75,8 @@ def recipe(steps=6, **changes):
         validation_scenes=2,
         validation_frames=3,
         stages=(stage,),
-        match_layers=(1,),
+        match_layers=(1,) if dense else (),
+        loss=changes.get('loss', 'dense'),
         optimizer=OptimizerConfig(lr=4e-3, warmup_steps=2, ema_decay=0.9),
     )
     return dataclasses.replace(config, **changes)
@@ -324,7 +331,9 @@ def test_query_pixels_are_known_pixels():
     valid = torch.zeros(2, 8, 10, dtype=torch.bool)
     valid[0, 2:8, 3:] = True
     valid[1, 0, 0] = True
-    queries = query_pixels(valid, 20)
+    queries = query_pixels(valid, 0, 20)
+    assert torch.equal(queries, query_pixels(valid, 0, 20))
+    assert not torch.equal(queries, query_pixels(valid, 1, 20))
     x, y = queries[0].long().unbind(-1)
     assert valid[0, y, x].all() and len(queries[0].unique(dim=0)) == 20
     assert (queries[1] == 0).all()
@@ -358,8 +367,33 @@ def test_wrong_recipes_say_what_is_wrong(tmp_path):
         main(recipe(freeze=('nonsense',)), tmp_path / 'b', device='cpu')
     with pytest.raises(ConfigError, match='unknown option'):
         from_dict(TrainingConfig, {'learning_rate': 3})
-    with pytest.raises(ConfigError, match='carry a camera'):
-        DataMixture(recipe(stages=(StageConfig(motions=('teleport',)),))).batch(0, 0)
+    for name, value in (
+        ('motions', ('teleport',)),
+        ('worlds', ('moon',)),
+        ('frames', ()),
+        ('frames', (0,)),
+        ('size_hw', (48,)),
+        ('fps', (5.0,)),
+        ('fps', (5.0, 2.0)),
+        ('fov_deg', (50.0, 200.0)),
+        ('room_half_m', (1.0,)),
+        ('windows', (-7,)),
+        ('keep', (-1.0,)),
+    ):
+        with pytest.raises(ConfigError, match=f'{name}: expected'):
+            StageConfig(**{name: value})
+    for changes in (
+        {'loss': 'points', 'match_layers': (1,)},
+        {'stages': ()},
+        {'init': 'shipped'},
+    ):
+        with pytest.raises(ConfigError, match=r'expected|init'):
+            recipe(**changes)
+    with pytest.raises(ConfigError, match='global blocks are 0 to 3'):
+        main(recipe(match_layers=(99,)), tmp_path / 'm', device='cpu')
+    (tmp_path / 'torn.yaml').write_text('a: [')
+    with pytest.raises(ConfigError, match='no YAML'):
+        load_recipe(tmp_path / 'torn.yaml')
     with pytest.raises(DataError, match='no scene found'):
         SceneFolder(FolderConfig(path=str(tmp_path)))
     with pytest.raises(ConfigError, match='no training data'):
