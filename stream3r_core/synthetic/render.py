@@ -1,17 +1,21 @@
 """From worlds and camera poses to images with exact depth, normals and instance ids."""
 
 import functools
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stream3r_core.errors import ConfigError
 from stream3r_core.synthetic import raycast
 from stream3r_core.synthetic.textures import SIDE, TexturePool, sample_textures
 from stream3r_core.synthetic.worlds import FLOOR, NUM_PRIMITIVES, World
 
 _TILE = 1 << 21  # primitive-ray pairs worked on at once: small enough for the processor's cache
+_NEWTON_STEPS = 12
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,8 @@ def camera_rays(
 ) -> Tensor:
     """Ray vectors [F, H*W, 3] with z = 1 of the integer pixel positions, for K [F, 3, 3].
 
-    ``distortion``: radial coefficients k1, k2 of the usual polynomial model.
+    ``distortion``: radial coefficients k1, k2 of the usual polynomial model. Raises ConfigError
+    where the model folds the image over, so that a pixel has no ray of its own.
     """
     v, u = torch.meshgrid(
         torch.arange(height, device=K.device, dtype=torch.float32),
@@ -45,13 +50,42 @@ def camera_rays(
 
 
 def _undistorted(x: Tensor, y: Tensor, k1: float, k2: float) -> tuple[Tensor, Tensor]:
-    """Invert the radial polynomial by fixed-point iteration."""
-    ideal_x, ideal_y = x, y
-    for _ in range(20):
-        square = ideal_x.square() + ideal_y.square()
-        factor = 1 + k1 * square + k2 * square.square()
-        ideal_x, ideal_y = x / factor, y / factor
-    return ideal_x, ideal_y
+    """Invert the radial polynomial r (1 + k1 r^2 + k2 r^4), by Newton steps within a bracket."""
+    bent = torch.hypot(x, y)
+    low = torch.zeros_like(bent)
+    high = torch.full_like(bent, _largest_ideal_radius(float(bent.max()), k1, k2))
+    ideal = torch.minimum(bent, high)
+    for _ in range(_NEWTON_STEPS):
+        square = ideal.square()
+        error = ideal * (1 + k1 * square + k2 * square.square()) - bent
+        low, high = torch.where(error < 0, ideal, low), torch.where(error > 0, ideal, high)
+        ideal = ideal - error / (1 + 3 * k1 * square + 5 * k2 * square.square())
+        inside = (ideal >= low) & (ideal <= high)
+        ideal = torch.where(inside, ideal, (low + high) / 2)
+    scale = ideal / bent.clamp(min=1e-12)
+    return x * scale, y * scale
+
+
+def _largest_ideal_radius(bent: float, k1: float, k2: float) -> float:
+    """Return a radius that the model bends to ``bent`` or farther, and grows monotonically to."""
+
+    def bend(radius: float) -> float:
+        return radius * (1 + k1 * radius**2 + k2 * radius**4)
+
+    turning = [root.real for root in np.roots([5 * k2, 3 * k1, 1]) if root.imag == 0 < root.real]
+    if turning:
+        high = math.sqrt(min(turning))
+        if bend(high) <= bent:
+            raise ConfigError(
+                f'distortion k1 = {k1}, k2 = {k2} cannot be inverted: the image reaches to '
+                f'{bent:.3f} focal lengths from the principal point, the model bends nothing '
+                f'farther out than {bend(high):.3f}; take weaker coefficients or a narrower view'
+            )
+        return high
+    high = bent
+    while bend(high) < bent:
+        high *= 2
+    return high
 
 
 def render(

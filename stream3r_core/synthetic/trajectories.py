@@ -9,6 +9,7 @@ from torch import Tensor
 from stream3r_core.synthetic.worlds import NUM_BOXES, NUM_CYLINDERS, World, without_objects
 
 CLEARANCE_M = 0.25
+MOUNTING_DEG = 20.0  # largest angle between where a wheeled camera looks and where it drives
 _CANDIDATES = 8
 _WAVES = 3
 
@@ -23,11 +24,19 @@ class Motion:
     tilt: float = 0.35  # pitch and roll share of the turn rate
     tremor_deg: float = 0.25
     height_m: tuple[float, float] = (0.9, 1.8)
-    still_share: float = 0.05  # paths that stand still (tremor only)
+    still_share: float = 0.05  # paths that stand still (tremor only); those round loops never do
+    drives: bool = False  # looks where it drives, but for the angle it is mounted at
 
 
 HAND_HELD = Motion()
-WHEELED = Motion(vertical=0.0, tilt=0.0, tremor_deg=0.05, height_m=(0.3, 1.0))
+WHEELED = Motion(
+    turn_deg_s=(4.0, 45.0),
+    vertical=0.0,
+    tilt=0.0,
+    tremor_deg=0.05,
+    height_m=(0.3, 1.0),
+    drives=True,
+)
 DRONE = Motion(
     (0.3, 1.5), (10.0, 60.0), vertical=0.8, tilt=0.5, tremor_deg=0.4, height_m=(0.8, 2.2)
 )
@@ -41,37 +50,58 @@ def sample_paths(
     Of several random paths per world the first that keeps ``CLEARANCE_M`` from everything is
     taken, else the one that keeps farthest away.
     """
+    draw = _drive if motion.drives else _wander
+    candidates = [draw(world, time_s, motion, generator) for _ in range(_CANDIDATES)]
+    if motion.drives:
+        position, direction = _first_clear(world, candidates)
+        mounting = math.radians(MOUNTING_DEG) * _uniform(generator, (len(world), 1), -1, 1)
+        rotation = _mounted(direction + mounting, time_s, motion, generator)
+    else:
+        position, moves = _first_clear(world, candidates)
+        rotation = _rotations(world, position[:, 0], moves, time_s, motion, generator)
+    return _poses(rotation, position)
+
+
+def _first_clear(world: World, candidates: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Choose per world among (positions [B, S, 3], what belongs to them)."""
     b = len(world)
-    positions = torch.stack(
-        [_positions(world, time_s, motion, generator) for _ in range(_CANDIDATES)], 1
-    )
+    positions, others = (torch.stack(part, 1) for part in zip(*candidates))
     distance = clearance(world, positions.flatten(1, 2)).view(b, _CANDIDATES, -1).amin(-1)
     order = torch.arange(_CANDIDATES, 0, -1, device=distance.device)
     score = torch.where(distance >= CLEARANCE_M, 10.0 * order, distance)
-    position = positions[torch.arange(b), score.argmax(1)]
-    rotation = _rotations(world, position[:, 0], time_s, motion, generator)
-    return _poses(rotation, position)
+    chosen = torch.arange(b), score.argmax(1)
+    return positions[chosen], others[chosen]
 
 
 def loop_paths(world: World, time_s: Tensor, motion: Motion, generator: torch.Generator) -> Tensor:
     """Return T_world_camera [B, S, 4, 4] of walks round the doorways of worlds of kind 'rooms'.
 
     The ellipse crosses every doorway at a right angle; after one round the camera is back where it
-    was, looking the same way but for the tremor.
+    was, looking the same way but for the tremor. Loops always move: ``still_share`` is for others.
     """
     b = len(world)
     radii = world.room_half[:, None, :2] / 2
     speed = _uniform(generator, (b, 1), *motion.speed_m_s)
     turn = speed / radii.mean(-1) * _sign(generator, b)
     angle = _uniform(generator, (b, 1), 0, 2 * math.pi) + turn * (time_s - time_s[:, :1])
-    xy = radii * torch.stack([torch.cos(angle), torch.sin(angle)], -1)
+    xy, yaw = _on_ellipse(radii, angle, turn.sign())
     z = _uniform(generator, (b, 1), *motion.height_m).expand_as(angle)
-    ahead = torch.stack([-torch.sin(angle), torch.cos(angle)], -1) * radii * turn.sign()[..., None]
-    yaw = torch.atan2(ahead[..., 1], ahead[..., 0])
-    shake = _tremor(generator, time_s, motion)
-    pitch = _uniform(generator, (b, 1), 0.0, 0.25) + shake[..., 1]
-    rotation = camera_rotation(yaw + shake[..., 0], pitch, shake[..., 2])
+    rotation = _mounted(yaw, time_s, motion, generator)
     return _poses(rotation, torch.cat([xy, z[..., None]], -1))
+
+
+def _on_ellipse(radii: Tensor, angle: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions [B, S, 2] and direction of travel [B, S] at the angles [B, S]; sign [B, 1]."""
+    xy = radii * torch.stack([torch.cos(angle), torch.sin(angle)], -1)
+    ahead = torch.stack([-torch.sin(angle), torch.cos(angle)], -1) * radii * sign[..., None]
+    return xy, torch.atan2(ahead[..., 1], ahead[..., 0])
+
+
+def _mounted(yaw: Tensor, time_s: Tensor, motion: Motion, g: torch.Generator) -> Tensor:
+    """Rotation matrices [B, S, 3, 3] of a camera fixed to what turns by ``yaw``."""
+    shake = _tremor(g, time_s, motion)
+    pitch = _uniform(g, (len(yaw), 1), 0.0, 0.25) + shake[..., 1]
+    return camera_rotation(yaw + shake[..., 0], pitch, shake[..., 2])
 
 
 def clear_path(world: World, position: Tensor, distance_m: float = 0.15) -> World:
@@ -129,16 +159,44 @@ def _waves(g: torch.Generator, time_s: Tensor, rate: Tensor) -> Tensor:
     return wave - wave[:, :1]
 
 
-def _positions(world: World, time_s: Tensor, motion: Motion, g: torch.Generator) -> Tensor:
+def _drive(
+    world: World, time_s: Tensor, motion: Motion, g: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Positions [B, S, 3] and direction of travel [B, S]: along ellipses, as wheels can.
+
+    Mostly forwards, now and then to a stop and backwards; slower where the ellipse is narrow, so
+    that no turn is faster (root mean square) than the motion allows.
+    """
+    b = len(world)
+    limit = world.room_half[:, :2] - CLEARANCE_M
+    radii = limit * _uniform(g, (b, 2), 0.25, 0.75)
+    center = _uniform(g, (b, 2), -1, 1) * (limit - radii)
+    speed = _uniform(g, (b, 1), *motion.speed_m_s) * (
+        torch.rand(b, 1, generator=g) >= motion.still_share
+    )
+    fastest = math.radians(motion.turn_deg_s[1]) * radii.amin(1) / radii.amax(1)
+    rate = torch.minimum(speed / radii.square().mean(1, True).sqrt(), fastest[:, None])
+    pace = _waves(g, time_s, torch.ones(b, 1, 3))[..., 0]  # rms 1 m/s
+    progress = rate * (0.8 * (time_s - time_s[:, :1]) + 0.6 * pace)
+    sign = _sign(g, b)
+    angle = _uniform(g, (b, 1), 0, 2 * math.pi) + sign * progress
+    xy, direction = _on_ellipse(radii[:, None], angle, sign)
+    z = _uniform(g, (b, 1), *motion.height_m).expand_as(angle)
+    return torch.cat([center[:, None] + xy, z[..., None]], -1), direction
+
+
+def _wander(
+    world: World, time_s: Tensor, motion: Motion, g: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Positions [B, S, 3], and whether they move [B, 1, 1]."""
     b, room = len(world), world.room_half
     start = torch.cat(
         [_uniform(g, (b, 2), -0.7, 0.7) * room[:, :2], _uniform(g, (b, 1), *motion.height_m)], -1
     )
-    speed = _uniform(g, (b, 1, 1), *motion.speed_m_s) * (
-        torch.rand(b, 1, 1, generator=g) >= motion.still_share
-    )
+    speed = _uniform(g, (b, 1, 1), *motion.speed_m_s)
+    moves = torch.rand(b, 1, 1, generator=g) >= motion.still_share
     axes = torch.tensor([1.0, 1.0, motion.vertical]) / math.sqrt(2 + motion.vertical**2)
-    path = start[:, None] + _waves(g, time_s, speed * axes)
+    path = start[:, None] + _waves(g, time_s, speed * moves * axes)
     middle = torch.stack([0 * room[:, 0], 0 * room[:, 0], room[:, 2]], -1)[:, None]
     limit = (room - CLEARANCE_M)[:, None]
     relative = (path - middle) / limit
@@ -147,11 +205,16 @@ def _positions(world: World, time_s: Tensor, motion: Motion, g: torch.Generator)
         relative,
         relative.sign() * (0.6 + 0.4 * torch.tanh((relative.abs() - 0.6) / 0.4)),
     )
-    return middle + soft * limit
+    return middle + soft * limit, moves
 
 
 def _rotations(
-    world: World, start: Tensor, time_s: Tensor, motion: Motion, g: torch.Generator
+    world: World,
+    start: Tensor,
+    moves: Tensor,
+    time_s: Tensor,
+    motion: Motion,
+    g: torch.Generator,
 ) -> Tensor:
     """Rotation matrices [B, S, 3, 3]: first towards some point in the room, then wandering."""
     b = len(world)
@@ -161,8 +224,8 @@ def _rotations(
     look = torch.where(near[:, None], -start[:, :2] + 1e-3, look)
     yaw0 = torch.atan2(look[:, 1], look[:, 0])
     turn = torch.deg2rad(_uniform(g, (b, 1, 1), *motion.turn_deg_s))
-    turn = turn * (torch.rand(b, 1, 1, generator=g) >= motion.still_share)
-    wander = _waves(g, time_s, turn * torch.tensor([1.0, motion.tilt, 0.5 * motion.tilt]))
+    torch.rand(b, 1, 1, generator=g)  # read no more; without it every seeded path would change
+    wander = _waves(g, time_s, turn * moves * torch.tensor([1.0, motion.tilt, 0.5 * motion.tilt]))
     angles = wander + _tremor(g, time_s, motion)
     yaw = yaw0[:, None] + angles[..., 0]
     pitch0 = _uniform(g, (b, 1), -0.05, 0.45) if motion.tilt else _uniform(g, (b, 1), 0.0, 0.2)

@@ -1,5 +1,6 @@
 """The synthetic rooms: exact geometry, seeded, and motions that a camera could make."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -21,7 +22,7 @@ from stream3r_core.synthetic.clips import pinhole, texture_pool
 from stream3r_core.synthetic.folders import write_tum
 from stream3r_core.synthetic.render import camera_rays, render
 from stream3r_core.synthetic.textures import LEVELS, SIDE, make_textures, sample_textures
-from stream3r_core.synthetic.trajectories import clear_path, clearance, sample_paths
+from stream3r_core.synthetic.trajectories import MOUNTING_DEG, clear_path, clearance, sample_paths
 from stream3r_core.synthetic.worlds import make_world, without_objects
 
 SIZE = (24, 32)
@@ -120,6 +121,50 @@ def test_cameras_move_smoothly_and_keep_away_from_things(motion, fastest):
         assert T[..., 2, 3].diff(dim=1).abs().max() < 1e-5
 
 
+def drawn_paths(motion, kind='room', batch=100):
+    """Positions [B, S, 3] and rotations [B, S, 3, 3] at 10 Hz."""
+    g = torch.Generator().manual_seed(4)
+    time_s = torch.arange(30).expand(batch, -1) / 10
+    T = sample_paths(make_world(batch, g, 256, kind=kind), time_s, motion, g)
+    return T[..., :3, 3], T[..., :3, :3]
+
+
+def angle_deg(cosine):
+    return torch.rad2deg(torch.acos(cosine.clamp(-1, 1)))
+
+
+@pytest.mark.parametrize('motion', [HAND_HELD, WHEELED])
+def test_a_camera_that_stands_still_does_not_turn_and_the_others_move(motion):
+    position, R = drawn_paths(dataclasses.replace(motion, still_share=0.4))
+    far = (position - position[:, :1]).norm(dim=-1).amax(1)
+    turn = angle_deg(((R[:, :1] * R).sum((-1, -2)) - 1) / 2).amax(1)
+    still = far < 1e-6
+    assert 0.3 < still.float().mean() < 0.7  # of several paths the one that hits nothing is taken
+    assert turn[still].max() < 2  # tremor
+    assert turn[~still].median() > 4
+
+
+@pytest.mark.parametrize('kind', ['room', 'corridor'])
+def test_what_drives_looks_where_it_drives_and_turns_no_faster_than_robots(kind):
+    position, R = drawn_paths(dataclasses.replace(WHEELED, still_share=0.0), kind)
+    velocity = 10 * position.diff(dim=1)[..., :2]
+    axis = torch.nn.functional.normalize(R[:, :-1, :2, 2] + R[:, 1:, :2, 2], dim=-1)
+    speed = velocity.norm(dim=-1)
+    fast = speed > 0.05
+    assert fast.float().mean() > 0.6
+    aside = angle_deg((velocity * axis).sum(-1)[fast] / speed[fast])
+    backwards = aside > 90
+    assert 0.01 < backwards.float().mean() < 0.3  # it stops and reverses now and then
+    assert torch.minimum(aside, 180 - aside).max() < MOUNTING_DEG + 3
+    assert torch.minimum(aside, 180 - aside).median() < 15
+    # also where the speed passes zero
+    turn = angle_deg(
+        (R[:, 1:, :2, 2] * R[:, :-1, :2, 2]).sum(-1)
+        / (R[:, 1:, :2, 2].norm(dim=-1) * R[:, :-1, :2, 2].norm(dim=-1))
+    )
+    assert (10 * turn).max() < 120 and (10 * turn).square().mean().sqrt() > 3
+
+
 def test_textures_repeat_and_blur_without_changing_their_mean():
     pool = make_textures(3, count=8)
     uv = torch.rand(200, 2)
@@ -205,14 +250,25 @@ def test_a_corridor_is_long_and_narrow():
         make_world(1, torch.Generator(), 256, kind='castle')
 
 
-def test_distorted_rays_project_back_to_their_pixels():
-    K = pinhole(torch.tensor([1.2]), 24, 32)
-    rays = camera_rays(K, 24, 32, distortion=(-0.2, 0.05))[0]
+@pytest.mark.parametrize(
+    ('fov_deg', 'k1', 'k2'),
+    [(69, -0.2, 0.05), (90, -0.3, 0.1), (100, -0.2, 0.05), (100, 0.3, 0.1), (80, 0.2, -0.1)],
+)
+def test_distorted_rays_project_back_to_their_pixels(fov_deg, k1, k2):
+    K = pinhole(torch.tensor([math.radians(fov_deg)]), 24, 32)
+    rays = camera_rays(K, 24, 32, distortion=(k1, k2))[0]
     square = rays[:, :2].square().sum(-1, keepdim=True)
-    distorted = rays[:, :2] * (1 - 0.2 * square + 0.05 * square**2)
+    distorted = rays[:, :2] * (1 + k1 * square + k2 * square**2)
     pixel = distorted * K[0, 0, 0] + K[0, :2, 2]
     v, u = torch.meshgrid(torch.arange(24.0), torch.arange(32.0), indexing='ij')
-    torch.testing.assert_close(pixel, torch.stack([u, v], -1).view(-1, 2), atol=1e-2, rtol=0)
+    torch.testing.assert_close(pixel, torch.stack([u, v], -1).view(-1, 2), atol=1e-3, rtol=0)
+
+
+def test_a_lens_that_folds_the_image_over_is_refused():
+    for fov_deg, k1, k2 in ((100, -0.3, 0.0), (80, -0.35, 0.03), (90, 0.2, -0.3)):
+        K = pinhole(torch.tensor([math.radians(fov_deg)]), 24, 32)
+        with pytest.raises(ConfigError, match='cannot be inverted'):
+            camera_rays(K, 24, 32, distortion=(k1, k2))
 
 
 def test_the_principal_point_can_lie_off_the_middle():
