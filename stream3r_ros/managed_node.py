@@ -4,6 +4,7 @@ The node is wiring. Executor callbacks only put things into mailboxes; one threa
 session and map, others build and write what is large.
 """
 
+import gc
 import time
 from collections import Counter
 from concurrent.futures import Future, wait
@@ -75,7 +76,7 @@ class Stream3rNode(LifecycleNode):
         self.ended = rclpy.task.Future()
         self._state, self._is_paused = 'unconfigured', False
         self._statistics = FrameStatistics(self.config.status.latency_window)
-        self._refused: Counter[str] = Counter()
+        self._earlier_drops: Counter[str] = Counter()  # and those of no worker
         self._last_rejection: tuple[float, str] = (-WARNING_PERIOD_S, '')
         self._warn = Throttled(lambda text: self.get_logger().warning(text))
         self._results = Publishers(self, self.config)
@@ -169,8 +170,10 @@ class Stream3rNode(LifecycleNode):
                 'clean up again later'
             )
         self._close_live()
+        self._earlier_drops = self._drops()
         self._inference = self._live = None
         self._results.reset()
+        gc.collect()  # network and back end know each other
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
         self._state = 'unconfigured'
@@ -188,6 +191,7 @@ class Stream3rNode(LifecycleNode):
         """Let go of everything after an unexpected error: the node is unconfigured."""
         if self._inference is not None and self._inference.stop(0) and self._live is not None:
             self._close_live()
+        self._earlier_drops = self._drops()
         self._inference = self._live = None
         self._state = 'unconfigured'
         return super().on_error(state)
@@ -279,9 +283,9 @@ class Stream3rNode(LifecycleNode):
     def _on_image(self, message: Image | CompressedImage) -> None:
         arrival = self._statistics.received()
         if self._state != 'active':
-            self._refused['inactive'] += 1
+            self._earlier_drops['inactive'] += 1
         elif self._is_paused:
-            self._refused['paused'] += 1
+            self._earlier_drops['paused'] += 1
         else:
             self._inference.offer(Incoming(message, arrival))
 
@@ -366,13 +370,17 @@ class Stream3rNode(LifecycleNode):
             state='failed' if failed else self._activity(),
             frames=frames,
             losses=self._inputs.losses,
-            drops=self._refused
-            + Counter(worker.drops if worker else {})
-            + Counter(chunk=live.num_lost if live else 0),
+            drops=self._drops(),
             reconstruction=live.figures if live else ReconstructionFigures(),
             has_camera_info=live is not None and live.camera_info is not None,
             problem=self._problem(frames.rate_in_hz),
         )
+
+    def _drops(self) -> Counter[str]:
+        """Images that have come and were not processed, by reason."""
+        worker, live = self._inference, self._live
+        in_worker = Counter(worker.drops if worker else {})
+        return self._earlier_drops + in_worker + Counter(chunk=live.num_lost if live else 0)
 
     def _activity(self) -> str:
         return 'paused' if self._state == 'active' and self._is_paused else self._state

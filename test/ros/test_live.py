@@ -1,7 +1,10 @@
 """The node in the process of the test: what is too rare to be met from outside."""
 
 import copy
+import gc
 import threading
+import time
+import weakref
 
 import numpy as np
 import pytest
@@ -96,6 +99,13 @@ def process(stream, message):
     """Let the inference thread of the node process an image."""
     work = stream._inference.submit(lambda: stream._live.process(message, stream.config))
     return work.result(TIMEOUT_S)
+
+
+def wait_until(condition):
+    end = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < end
+        threading.Event().wait(0.01)
 
 
 def move_the_map(live):
@@ -270,6 +280,8 @@ def test_cleanup_under_an_image_in_work_touches_nothing_and_may_be_asked_again(
 ):
     stream = inside()
     process(stream, image(0))
+    stream._on_image(image(0))  # once more, which is refused
+    wait_until(lambda: stream.status().drops == {'rejected': 1})
     monkeypatch.setattr(managed_node, 'CLEANUP_TIMEOUT_S', 0.05)
     is_at_work, go_on = threading.Event(), threading.Event()
 
@@ -287,7 +299,24 @@ def test_cleanup_under_an_image_in_work_touches_nothing_and_may_be_asked_again(
     work.result(TIMEOUT_S)  # it has found all that it needs
     monkeypatch.undo()
     assert stream.trigger_cleanup() == SUCCESS
-    assert stream.status().state == 'unconfigured' and not stream._results.outputs.path(0).poses
+    status = stream.status()
+    assert status.state == 'unconfigured' and not stream._results.outputs.path(0).poses
+    assert status.drops == {'rejected': 1}, 'what was lost stays counted'
+
+
+@pytest.mark.parametrize('kind', ['none', 'submaps'])
+def test_cleanup_lets_go_of_the_network_at_once(inside, kind):
+    stream = inside(**{'backend.kind': kind})
+    for index in range(2):
+        process(stream, image(index))
+    network = weakref.ref(stream._live._reconstructor.session.model)
+    assert stream.trigger_deactivate() == SUCCESS
+    gc.disable()  # or it might come to it on its own
+    try:
+        assert stream.trigger_cleanup() == SUCCESS
+        assert network() is None
+    finally:
+        gc.enable()
 
 
 def test_an_unexpected_error_of_a_transition_is_said_and_the_node_can_begin_again(
