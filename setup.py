@@ -30,7 +30,10 @@ setup(
     packages=find_packages(
         include=['stream3r_core', 'stream3r_core.*', 'stream3r_ros', 'stream3r_ros.*']
     ),
-    package_data={'stream3r_core': ['weights/*', 'evaluation/*.yaml']},
+    package_data={
+        'stream3r_core': ['weights/*', 'evaluation/*.yaml'],
+        'stream3r_core.kernels': ['*.c'],
+    },
     data_files=[
         ('share/ament_index/resource_index/packages', ['resource/' + package_name]),
         ('share/' + package_name, ['package.xml']),

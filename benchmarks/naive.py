@@ -2,7 +2,7 @@
 
 It shares every module with the fast path and does what one writes first: the cache is concatenated
 anew for every frame and layer, the outputs of all layers are kept, both dense heads run, all in
-float32 and in PyTorch's default layout. Attention is PyTorch's own fused one, as in the fast path.
+float32 and in PyTorch's default layout. Attention is PyTorch's own fused one.
 
 Run:  python benchmarks/naive.py --size 64x48 --frames 100 --output naive.json
 
@@ -17,10 +17,10 @@ from functools import partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from stream3r_core import load_model
-from stream3r_core.attention import attend
 from stream3r_core.benchmark.measure import Plan, camera_images
 from stream3r_core.evaluation.conditions import conditions
 from stream3r_core.model.dpt_head import inverse_log
@@ -38,7 +38,7 @@ class Concatenated:
         """Attend to all tokens so far and the new ones."""
         self.k = k if self.k is None else torch.cat((self.k, k), 2)
         self.v = v if self.v is None else torch.cat((self.v, v), 2)
-        return attend(q, self.k, self.v)
+        return F.scaled_dot_product_attention(q, self.k, self.v)
 
     def forget(self, tokens_per_frame, window):
         """Keep the first frame and the last ``window``."""

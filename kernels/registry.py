@@ -1,7 +1,8 @@
 """Which attention backend runs, and why the others cannot.
 
 Every backend takes q [B, H, M, D] and k, v [B, H, N, D] and an optional key bias; its module is
-imported when it is first considered, never with the package.
+imported when it is first considered, never with the package. With ``column_sums`` it also takes
+the fraction of queries that they are measured with, and returns them beside the output.
 """
 
 import functools
@@ -16,6 +17,7 @@ HALF = (torch.float16, torch.bfloat16)
 # block that the caches hold has many keys.
 MANY_LOGITS = 1 << 20  # of a head, at least
 FEW_QUERIES = 1 << 11  # of all heads together, at most
+NATIVE_QUERIES, NATIVE_KEYS = 8, 256  # at least: below, the compiled kernel gains nothing
 
 
 class Request(NamedTuple):
@@ -28,13 +30,18 @@ class Request(NamedTuple):
     column_sums: bool
     long_cache: bool = False  # many keys for few queries
     gradients: bool = False
+    batch: int = 1
+    bias_by_query: bool = False
+    many_keys: bool = False
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, bias: Tensor | None, column_sums: bool) -> 'Request':
         """Describe a call by its arguments."""
         return cls(
             q.device.type, q.dtype, q.shape[-1], bias is not None, column_sums,
-            _is_long(q, k), torch.is_grad_enabled(),
+            _is_long(q, k), torch.is_grad_enabled(), len(q),
+            bias is not None and bias.shape[-2] > 1,
+            q.shape[2] >= NATIVE_QUERIES and k.shape[2] >= NATIVE_KEYS,
         )  # fmt: skip
 
 
@@ -62,6 +69,23 @@ def _refuse_flash(request: Request) -> str | None:
     if request.head_dim > flash.MAX_HEAD_DIM or request.head_dim % 8:
         return f'serves head widths that are multiples of 8 up to {flash.MAX_HEAD_DIM}'
     return flash.unavailable()
+
+
+def native_refusal(request: Request) -> str | None:
+    """Return why the compiled kernel does not serve a request, or None."""
+    from stream3r_core.kernels import native
+
+    if request.device != 'cpu' or request.dtype not in (torch.float32, torch.bfloat16):
+        return f'serves float32 and bfloat16 on cpu, not {request.dtype} on {request.device}'
+    if request.gradients:
+        return 'has no gradients (torch.inference_mode switches them off)'
+    if request.head_dim != native.WIDTH:
+        return f'serves heads of width {native.WIDTH}, not {request.head_dim}'
+    if request.batch != 1 or request.bias_by_query:
+        return 'serves one stream whose queries see the same keys'
+    if not request.many_keys:
+        return f'pays from {NATIVE_QUERIES} queries and {NATIVE_KEYS} keys on'
+    return native.unavailable()
 
 
 def _refuse_blocks(request: Request) -> str | None:
@@ -102,6 +126,18 @@ def _run_flash(q, k, v, bias=None):
     return flash.attention(q, k, v, bias).out
 
 
+def _run_native(q, k, v, bias=None, query_fraction=None):
+    from stream3r_core.kernels import native
+
+    column_sums = query_fraction is not None
+    result = native.attention(q, k, v, bias, column_sums)
+    if result is None:  # logits out of range: the first of the others
+        request = Request.of(q, k, bias, column_sums)
+        others = (b for b in BACKENDS if b.name != 'native' and b.refusal(request) is None)
+        return next(others).run(q, k, v, bias, *([query_fraction] if column_sums else []))
+    return (result.out, result.column_sums) if column_sums else result.out
+
+
 def _run_blocks(q, k, v, bias=None):
     from stream3r_core.kernels import blocked
 
@@ -129,6 +165,7 @@ def _run_tiled(q, k, v, bias=None, query_fraction=1.0):
 #: In order of preference.
 BACKENDS = (
     Backend('flash-attn', _refuse_flash, _run_flash),
+    Backend('native', native_refusal, _run_native),
     Backend('blocks', _refuse_blocks, _run_blocks),
     Backend('sdpa', _refuse_sdpa, _run_sdpa),
     Backend('triton', _refuse_triton, _run_triton),

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from stream3r_core.kernels import quantized, registry, triton_support
 from stream3r_core.kernels.quantized import Quantized
+from stream3r_core.kernels.reference import Attention
 
 
 def attend(
@@ -22,12 +23,23 @@ def attend(
 
 def _attend_quantized(q: Tensor, k: Quantized, v: Quantized, bias: Tensor | None) -> Tensor:
     if q.device.type == 'cpu':
-        return quantized.attention(q, k, v, bias).out
+        return _attend_bytes(q, k, v, bias).out
     if q.device.type == 'cuda' and triton_support.unavailable(q.dtype) is None:
         from stream3r_core.kernels import triton_quantized
 
         return triton_quantized.attention(q, k, v, bias).out
     return attend(q, *(quantized.dequantize(x).to(q.dtype) for x in (k, v)), bias)
+
+
+def _attend_bytes(q: Tensor, k: Quantized, v: Quantized, bias: Tensor | None) -> Attention:
+    if k.codes.dtype == torch.int8 and not registry.native_refusal(
+        registry.Request.of(q, k.codes, bias, column_sums=False)
+    ):
+        from stream3r_core.kernels import native
+
+        if (result := native.attention(q, k, v, bias)) is not None:
+            return result
+    return quantized.attention(q, k, v, bias)
 
 
 def attend_with_column_sums(
@@ -40,6 +52,27 @@ def attend_with_column_sums(
     """
     backend = registry.choose(registry.Request.of(q, k, bias, column_sums=True))
     return backend.run(q, k, v, bias, query_fraction)
+
+
+def explain_stream(
+    device: torch.device, dtype: torch.dtype, head_dim: int, column_sums: bool, bits: int = 0
+) -> dict[str, str]:
+    """Say of each backend whether it attends to the memory of a stream, or why it does not.
+
+    ``bits`` > 0: keys and values are stored in so many, for which the kernels are others.
+    """
+    request = registry.Request(
+        device.type, dtype, head_dim, bias=column_sums, column_sums=column_sums,
+        long_cache=True, many_keys=True,
+    )  # fmt: skip
+    if not bits:
+        return registry.explain(request)
+    if device.type == 'cuda':
+        first, second, why_not = 'triton', 'widened', triton_support.unavailable(dtype)
+    else:
+        first, second = 'native', 'blocks'
+        why_not = registry.native_refusal(request) if bits == 8 else 'serves codes of 8 bits'
+    return {first: why_not or 'runs', second: 'runs' if why_not else 'could run'}
 
 
 def has_fused_rotation(x: Tensor) -> bool:

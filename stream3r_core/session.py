@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stream3r_core.cache.policies import make_caches, resolve_cache_config
+from stream3r_core.attention import explain_stream
+from stream3r_core.cache.policies import KV_BITS, make_caches, resolve_cache_config
 from stream3r_core.config import CacheConfig, ImageConfig, SessionConfig, from_dict
 from stream3r_core.errors import CacheError, ConfigError, InputError
 from stream3r_core.geometry import decode_pose, invert_se3
@@ -98,6 +99,14 @@ class StreamSession:
     def num_waiting(self) -> int:
         """Images that wait for their chunk to fill."""
         return len(self._waiting)
+
+    def explain_attention(self) -> dict[str, str]:
+        """Say of each attention backend whether it serves the frames to come, or why not."""
+        model = self.model
+        return explain_stream(
+            model.device, model.dtype, model.config.head_dim,
+            self.cache.needs_column_sums, KV_BITS[self.config.kv_dtype],
+        )  # fmt: skip
 
     @torch.inference_mode()
     def reset(self) -> None:

@@ -234,6 +234,7 @@ def tables(report: dict[str, Any]) -> Iterator[str]:
             f'{mode}: all frames p50 {1e3 * result["frames"]["all_frames"]["p50_s"]:.1f} ms, '
             f'p95 {1e3 * result["frames"]["all_frames"]["p95_s"]:.1f} ms'
         )
+        yield '  attention: ' + '; '.join(f'{k}: {v}' for k, v in result['attention'].items())
         yield HEADER
         for row in result['frames']['rows']:
             yield _row(row, PUBLISHED.get(mode, {}).get(row['frame']))

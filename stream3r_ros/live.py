@@ -112,6 +112,10 @@ class LiveReconstruction:
         self._camera_info = message
         self._camera_info_came.set()
 
+    def explain_attention(self) -> dict[str, str]:
+        """Say of each attention backend whether it serves, or why not."""
+        return self._reconstructor.session.explain_attention()
+
     def process(self, message: Any, config: NodeConfig) -> None:
         """Track one sensor_msgs/Image or CompressedImage, extend the map, publish.
 

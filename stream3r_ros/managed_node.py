@@ -251,7 +251,7 @@ class Stream3rNode(LifecycleNode):
         model = load_configured_model(options)
         took_s = time.monotonic() - start
         self.get_logger().info(f'loaded in {took_s:.1f} s: {model.weights_info}')
-        return LiveReconstruction(
+        live = LiveReconstruction(
             model,
             self.config,
             self._results,
@@ -259,6 +259,9 @@ class Stream3rNode(LifecycleNode):
             lambda: self._inputs.is_camera_info_announced,
             self._on_moved,
         )
+        backends = live.explain_attention().items()
+        self.get_logger().info('attention: ' + '; '.join(f'{k}: {v}' for k, v in backends))
+        return live
 
     def _on_moved(self) -> None:
         """Poses have moved, as a thread of the back end says: publish that before new images."""

@@ -60,6 +60,7 @@ def measure_mode(model, config: CoreConfig, plan: Plan, publish: Publish | None 
 
     Every stream starts from a reset session. ``frames`` of the result: what a network step costs,
     from an image on the device to pose, depth and points there, as in the published tables.
+    ``attention``: which backend served, and why others did not.
     ``stages``: streams of their own, with clocks inside, from a camera image in host memory to
     the map and, with ``publish``, to what that does with the prediction.
     """
@@ -69,6 +70,7 @@ def measure_mode(model, config: CoreConfig, plan: Plan, publish: Publish | None 
     reconstructor.session.outputs = ALL_OUTPUTS
     images = camera_images(plan)
     return {
+        'attention': reconstructor.session.explain_attention(),
         'frames': _table(reconstructor, images, plan),
         'stages': _breakdown(reconstructor, images, plan, publish),
     }

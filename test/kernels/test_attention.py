@@ -132,6 +132,7 @@ def test_registry_says_which_backend_runs_and_why_others_cannot():
     request = registry.Request('cpu', torch.float32, 64, bias=True, column_sums=True)
     assert registry.explain(request) == {
         'flash-attn': 'does not return column sums',
+        'native': 'pays from 8 queries and 256 keys on',
         'blocks': 'does not return column sums',
         'sdpa': 'does not return column sums',
         'triton': 'runs on cuda, not on cpu (interpreter: tests only)',
