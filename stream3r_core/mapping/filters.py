@@ -5,6 +5,7 @@ import numpy as np
 from stream3r_core.config import MappingConfig
 
 _MIN_DEPTH = 1e-8  # below, a pixel has no depth
+_LOWER_BITS = 12  # of the mantissa of a float32
 
 
 def reliable_pixels(
@@ -21,12 +22,30 @@ def reliable_pixels(
     threshold = config.min_confidence
     if config.confidence_quantile > 0:
         rank = int(config.confidence_quantile * confidence.size)
-        threshold = max(threshold, np.partition(confidence, rank, axis=None)[rank])
+        threshold = max(threshold, value_of_rank(confidence.ravel(), rank))
     farthest = config.max_depth or np.finfo(np.float32).max
     mask = (confidence >= threshold) & (depth > _MIN_DEPTH) & (depth <= farthest)
     if config.edge_ratio > 0:
         _clear_edges(mask, depth, config.edge_ratio)
     return mask
+
+
+def value_of_rank(values: np.ndarray, rank: int) -> np.float32:
+    """Return what float32 ``values`` [N] would have at index ``rank``, were they sorted.
+
+    The bits of floats above 0 are in the order of the floats. A histogram of the upper ones leaves
+    few values to sort, in a third of the time.
+    """
+    upper = values.view(np.int32) >> _LOWER_BITS
+    lowest = upper.min()
+    if lowest < 0:  # below zero, or a NaN with a sign
+        return np.partition(values, rank)[rank]
+    upper -= lowest
+    through = np.bincount(upper).cumsum()
+    bin_of_rank = np.searchsorted(through, rank, side='right')
+    inside = values.compress(upper == bin_of_rank)
+    rank -= through[bin_of_rank] - len(inside)
+    return np.partition(inside, rank)[rank]
 
 
 def _clear_edges(mask: np.ndarray, depth: np.ndarray, ratio: float) -> None:

@@ -15,6 +15,7 @@ from stream3r_core.geometry import quat_xyzw_to_matrix, unproject_to_world
 from stream3r_core.image import ImageGeometry
 from stream3r_core.mapping import VoxelMap
 from stream3r_core.mapping.cloud import BLOCK_POINTS
+from stream3r_core.mapping.filters import value_of_rank
 from stream3r_core.mapping.voxel_index import CELL_LIMIT
 from stream3r_core.types import FramePrediction
 
@@ -437,3 +438,18 @@ def test_a_view_outlives_what_happens_to_the_map():
     voxel_map.clear()
     (block,) = view.blocks()
     np.testing.assert_array_equal(block.points_xyz, one)
+
+
+@pytest.mark.parametrize('kind', ['spread', 'few values', 'one', 'negative', 'not a number'])
+def test_the_value_of_a_rank_is_that_of_the_sorted_values(kind):
+    rng = np.random.default_rng(5)
+    values = {
+        'spread': np.exp(rng.normal(0, 6, 999)),
+        'few values': rng.integers(0, 3, 999),
+        'one': np.ones(1),
+        'negative': rng.normal(0, 1, 999),
+        'not a number': np.where(rng.random(999) < 0.1, -np.nan, rng.random(999)),
+    }[kind].astype(np.float32)
+    for rank in {0, len(values) // 3, len(values) - 1}:
+        expected = np.sort(values)[rank]
+        np.testing.assert_equal(value_of_rank(values, rank), expected)
