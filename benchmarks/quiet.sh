@@ -34,7 +34,7 @@ step mapping $python benchmarks/mapping.py --frames 20 --output "$out/mapping.js
 step latency $python benchmarks/latency.py --duration 15 --log "$out/latency_node.log" \
   --output "$out/latency.json"
 step resident $python benchmarks/resident.py --frames 1500 --output "$out/resident.json"
-step long_walk env OMP_NUM_THREADS=1 $python benchmarks/long_walk.py --frames 3000 \
+step long_walk env OMP_NUM_THREADS=1 $python benchmarks/long_walk.py --frames 5000 \
   --output "$out/long_walk.json"
 step precision env OMP_NUM_THREADS=1 $python benchmarks/precision.py --seeds 4 --frames 50 \
   --output "$out/precision.json"

@@ -57,7 +57,9 @@ def unavailable() -> str | None:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    if not (torch.cpu._is_avx512_bf16_supported() and torch.cpu._is_vnni_supported()):
+    # PyTorch 2.5 has only the second of the two questions.
+    has_bfloat16 = getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)
+    if not (has_bfloat16() and torch.cpu._is_vnni_supported()):
         raise _UnavailableError('needs a processor with avx512_bf16 and avx512_vnni')
     path = _folder() / f'attention-{_fingerprint()}.so'
     if not path.exists():

@@ -30,6 +30,9 @@ def test_the_report_holds_frames_stages_floor_and_conditions(tmp_path, capsys):
     assert first['floor_s'] == pytest.approx(floor['first_frame_flop'] / 5e11)
     assert first['floor_s'] < second['floor_s'] and second['frame'] == 2
     assert report['published']['window']['1']['p50_s'] == 0.146
+    backends = report['modes']['window']['attention']
+    assert list(backends.values()).count('runs') == 1
+    assert all(f'{name}: {why}' in text for name, why in backends.items())
     for row in report['modes']['window']['stages']:
         assert set(row['stages']) == set(STAGES)  # publish: messages were built and sent
         assert all(stage in text for stage in STAGES)
