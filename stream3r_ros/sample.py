@@ -4,6 +4,7 @@ from pathlib import Path
 
 from stream3r_core.synthetic import SyntheticSequence, render_sequence
 from stream3r_ros.bag import BagWriter
+from stream3r_ros.conversions import Lens
 from stream3r_ros.messages import rosbags_messages
 from stream3r_ros.qos import SENSOR_DATA
 
@@ -25,8 +26,12 @@ def write_sample(path: Path, num_frames: int = NUM_FRAMES, seed: int = SEED) -> 
 
 
 def write_sequence(path: Path, sequence: SyntheticSequence) -> None:
-    """Write a rendered sequence with its truth as a rosbag2 in mcap."""
+    """Write a rendered sequence with its truth as a rosbag2 in mcap.
+
+    The lens is in its CameraInfo; depth is that of the distorted image, pixel by pixel.
+    """
     messages = rosbags_messages()
+    lens = Lens('plumb_bob', (*sequence.distortion, 0.0, 0.0, 0.0))
     height, width = sequence.images.shape[1:3]
     K = sequence.K.numpy()
     with BagWriter(path) as bag:
@@ -34,7 +39,7 @@ def write_sequence(path: Path, sequence: SyntheticSequence) -> None:
             camera = (stamp, CAMERA_FRAME)
             T_room_camera = sequence.T_world_camera[index].numpy()
             depth_m = sequence.depth_m[index].numpy()
-            bag.write(CAMERA_INFO, messages.camera_info(K, height, width, *camera), stamp)
+            bag.write(CAMERA_INFO, messages.camera_info(K, height, width, *camera, lens), stamp)
             image = messages.rgb_image(sequence.images[index].numpy(), *camera)
             bag.write(IMAGE, image, stamp, SENSOR_DATA)
             bag.write(TRUE_POSE, messages.pose(T_room_camera, stamp, ROOM_FRAME), stamp)

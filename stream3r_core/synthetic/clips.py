@@ -26,7 +26,8 @@ class ClipConfig:
     fps: float = 10.0
     fov_deg: tuple[float, float] = (50.0, 85.0)  # horizontal
     principal_shift: float = 0.0  # of the principal point, as a share of the image sides
-    distortion: tuple[float, float] = (0.0, 0.0)  # radial k1, k2
+    k1: tuple[float, float] = (0.0, 0.0)  # radial distortion, drawn once per batch
+    k2: tuple[float, float] = (0.0, 0.0)
     room_half_m: tuple[float, float] = (1.5, 3.5)
     kind: str = 'room'  # see worlds.KINDS
     motion: Motion = field(default_factory=Motion)
@@ -35,6 +36,7 @@ class ClipConfig:
     shadows: bool = False
     compiled: bool = False  # compile the renderer, see render()
     texture_seed: int = 0
+    surfaces: bool = False  # keep normals and instance ids
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,9 @@ class Clips:
     T_world_camera: Tensor  # [B, S, 4, 4] camera to world
     K: Tensor  # [B, S, 3, 3] pixels, integer pixel positions
     moving: Tensor  # [B, S, H, W] bool, pixels of moving objects
+    distortion: tuple[float, float] = (0.0, 0.0)  # radial k1, k2
+    normal_world: Tensor | None = None  # [B, S, 3, H, W] unit, where asked for
+    instance: Tensor | None = None  # [B, S, H, W] int64, 0 = room, where asked for
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,10 @@ class SyntheticSequence:
     T_world_camera: Tensor  # [S, 4, 4] camera to world, z up
     K: Tensor  # [3, 3] pixels
     stamps_ns: tuple[int, ...]
+    distortion: tuple[float, float] = (0.0, 0.0)  # radial k1, k2 of the images
+    moving: Tensor | None = None  # [S, H, W] bool, pixels of moving objects
+    normal_world: Tensor | None = None  # [S, 3, H, W] unit, where asked for
+    instance: Tensor | None = None  # [S, H, W] int64, 0 = room, where asked for
 
 
 def texture_pool(seed: int) -> TexturePool:
@@ -81,6 +90,7 @@ def sample_clips(batch: int, config: ClipConfig, seed: int, device: str = 'cpu')
     if config.principal_shift:
         shift = config.principal_shift * (2 * torch.rand(batch, 2, generator=g) - 1)
         K[:, :2, 2] += shift * torch.tensor([config.width, config.height])
+    distortion = tuple(_drawn(g, *limits) for limits in (config.k1, config.k2))
     K = K.repeat_interleave(frames, 0)
     rendering = render(
         world.repeat_frames(frames, time_s).to(device),
@@ -90,7 +100,7 @@ def sample_clips(batch: int, config: ClipConfig, seed: int, device: str = 'cpu')
         pool,
         config.shadows,
         config.compiled,
-        config.distortion,
+        distortion,
     )
     rgb = rendering.rgb
     if config.degrade:
@@ -102,6 +112,9 @@ def sample_clips(batch: int, config: ClipConfig, seed: int, device: str = 'cpu')
         T.to(device),
         K.unflatten(0, shape).to(device),
         rendering.moving.unflatten(0, shape),
+        distortion,
+        rendering.normal_world.unflatten(0, shape) if config.surfaces else None,
+        rendering.instance.unflatten(0, shape) if config.surfaces else None,
     )
 
 
@@ -114,11 +127,18 @@ def render_sequence(
     fov_deg: float = 70.0,
     motion: Motion = trajectories.HAND_HELD,
     kind: str = 'room',
+    moving: float = 0.0,
+    principal_shift: float = 0.0,
+    distortion: tuple[float, float] = (0.0, 0.0),
+    surfaces: bool = False,
 ) -> SyntheticSequence:
     """Render one seeded walk through one world, with shadows and a mildly noisy camera.
 
     ``kind`` is one of :data:`stream3r_core.synthetic.worlds.KINDS`; 'rooms' walks a loop through
-    four rooms and comes back. Depth is 0 where only sky is seen.
+    four rooms and comes back. Depth is 0 where only sky is seen. ``moving`` is the share of
+    furniture that moves, ``principal_shift`` the largest offset of the principal point as a share
+    of the image sides, ``distortion`` the radial k1, k2 of the lens; ``surfaces`` keeps normals
+    and instance ids. Raises ConfigError for what cannot be rendered.
     """
     if num_frames < 1 or height < 8 or width < 8 or fps <= 0:
         raise ConfigError(
@@ -131,8 +151,13 @@ def render_sequence(
         frames=num_frames,
         fps=fps,
         fov_deg=(fov_deg, fov_deg),
+        principal_shift=principal_shift,
+        k1=(distortion[0],) * 2,
+        k2=(distortion[1],) * 2,
         kind=kind,
         motion=motion,
+        moving=moving,
+        surfaces=surfaces,
         degrade=0.25,
         shadows=True,
         texture_seed=1,
@@ -141,7 +166,15 @@ def render_sequence(
     images = (clips.images[0] * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
     stamps_ns = tuple(1_000_000_000 + round(i * 1e9 / fps) for i in range(num_frames))
     return SyntheticSequence(
-        images, clips.depth_m[0], clips.T_world_camera[0], clips.K[0, 0], stamps_ns
+        images,
+        clips.depth_m[0],
+        clips.T_world_camera[0],
+        clips.K[0, 0],
+        stamps_ns,
+        clips.distortion,
+        clips.moving[0],
+        clips.normal_world[0] if surfaces else None,
+        clips.instance[0] if surfaces else None,
     )
 
 
@@ -156,3 +189,8 @@ def pinhole(fov_width: Tensor, height: int, width: int) -> Tensor:
 
 def _uniform(g: torch.Generator, n: int, low: float, high: float) -> Tensor:
     return low + (high - low) * torch.rand(n, generator=g)
+
+
+def _drawn(g: torch.Generator, low: float, high: float) -> float:
+    """Draw only where there is a choice: what has none keeps the numbers that others get."""
+    return low if low == high else float(_uniform(g, 1, low, high))

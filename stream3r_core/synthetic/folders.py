@@ -15,8 +15,9 @@ TUM_DEPTH_SCALE = 5000  # depth PNG values of one metre
 def write_tum(sequence: SyntheticSequence, folder: str | Path) -> Path:
     """Write rgb/, depth/ (16-bit PNG), rgb.txt, depth.txt, groundtruth.txt and camera.txt.
 
-    camera.txt holds ``fx fy cx cy``, which the layout itself has no place for. Depth beyond the
-    13.1 m that 16 bits hold is written as unknown, 0. Returns the folder.
+    camera.txt holds ``fx fy cx cy k1 k2 p1 p2 k3``, which the layout itself has no place for, as
+    it has none for masks, normals and ids. Depth beyond the 13.1 m that 16 bits hold is written
+    as unknown, 0. Returns the folder.
     """
     folder = _folders(Path(folder), 'rgb', 'depth')
     stamps = [stamp * 1e-9 for stamp in sequence.stamps_ns]
@@ -36,12 +37,22 @@ def write_tum(sequence: SyntheticSequence, folder: str | Path) -> Path:
         '\n'.join(['# timestamp tx ty tz qx qy qz qw', *poses]) + '\n'
     )
     K = sequence.K.tolist()
-    (folder / 'camera.txt').write_text(f'{K[0][0]} {K[1][1]} {K[0][2]} {K[1][2]}\n')
+    numbers = [K[0][0], K[1][1], K[0][2], K[1][2], *sequence.distortion, 0.0, 0.0, 0.0]
+    (folder / 'camera.txt').write_text(' '.join(map(str, numbers)) + '\n')
     return folder
 
 
 def write_scene_folder(sequence: SyntheticSequence, folder: str | Path) -> Path:
-    """Write one scene as ``training/folders.py`` reads it: rgb/, depth/ (.npy), cam/ (.npz)."""
+    """Write one scene as ``training/folders.py`` reads it: rgb/, depth/ (.npy), cam/ (.npz).
+
+    The layout has no place for masks, normals and ids, which are left out, nor for a lens: raises
+    OutputError for images with distortion.
+    """
+    if any(sequence.distortion):
+        raise OutputError(
+            f'cannot write {folder}: the layout takes pinhole images, got distortion '
+            f'{sequence.distortion}; render without'
+        )
     folder = _folders(Path(folder), 'rgb', 'depth', 'cam')
     for i, (image, depth) in enumerate(zip(sequence.images, sequence.depth_m)):
         _write_image(folder / 'rgb' / f'{i:06d}.png', image.numpy()[..., ::-1])

@@ -106,7 +106,7 @@ def _mounted(yaw: Tensor, time_s: Tensor, motion: Motion, g: torch.Generator) ->
 
 def clear_path(world: World, position: Tensor, distance_m: float = 0.15) -> World:
     """Take away the objects that come closer than ``distance_m`` to positions [B, S, 3]."""
-    near = torch.stack([_to_objects(world, chunk).amin(1) for chunk in position.split(64, 1)])
+    near = torch.stack([to_objects(world, chunk).amin(1) for chunk in position.split(64, 1)])
     return without_objects(world, near.amin(0) < distance_m)
 
 
@@ -120,11 +120,11 @@ def clearance(world: World, points: Tensor) -> Tensor:
     """Distance [B, N] of ``points`` [B, N, 3] to the nearest surface, metres; inside it is < 0."""
     room = world.room_half[:, None]
     centred = points - torch.stack([0 * room[..., 0], 0 * room[..., 1], room[..., 2]], -1)
-    nearest = _to_objects(world, points).amin(-1)
+    nearest = to_objects(world, points).amin(-1)
     return torch.minimum(nearest, (room - centred.abs()).amin(-1))
 
 
-def _to_objects(world: World, points: Tensor) -> Tensor:
+def to_objects(world: World, points: Tensor) -> Tensor:
     """Distance [B, N, P] to every primitive; to ellipsoids a lower bound."""
     offset = points[:, :, None] - world.center[:, None]
     c, s = torch.cos(world.yaw)[:, None], torch.sin(world.yaw)[:, None]

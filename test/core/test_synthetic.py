@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from stream3r_core.errors import ConfigError
+from stream3r_core.errors import ConfigError, OutputError
 from stream3r_core.geometry import invert_se3, transform_points, unproject_to_world
 from stream3r_core.synthetic import (
     DRONE,
@@ -19,10 +19,17 @@ from stream3r_core.synthetic import (
     sample_clips,
 )
 from stream3r_core.synthetic.clips import pinhole, texture_pool
-from stream3r_core.synthetic.folders import write_tum
+from stream3r_core.synthetic.folders import write_scene_folder, write_tum
 from stream3r_core.synthetic.render import camera_rays, render
+from stream3r_core.synthetic.sensor import degrade
 from stream3r_core.synthetic.textures import LEVELS, SIDE, make_textures, sample_textures
-from stream3r_core.synthetic.trajectories import MOUNTING_DEG, clear_path, clearance, sample_paths
+from stream3r_core.synthetic.trajectories import (
+    MOUNTING_DEG,
+    clear_path,
+    clearance,
+    sample_paths,
+    to_objects,
+)
 from stream3r_core.synthetic.worlds import make_world, without_objects
 
 SIZE = (24, 32)
@@ -98,9 +105,56 @@ def test_the_same_seed_gives_the_same_clips_and_another_seed_others():
     assert 0 <= a.images.min() and a.images.max() <= 1
 
 
-def test_only_moving_objects_move():
-    still, moving = (scene(seed=2, batch=2, moving=m)[3].moving for m in (0.0, 1.0))
-    assert not still.any() and moving.any() and not moving.all()
+def test_instance_ids_name_the_object_that_a_pixel_lies_on():
+    world, T, K, frames = scene(seed=1, batch=6, frames=1)
+    points = unproject_to_world(frames.depth_m, K, T).flatten(1, 2)
+    seen = frames.instance.flatten(1)  # [F, N]
+    own = world.instance[:, None, : world.center.shape[1]] == seen[..., None]
+    gap = torch.where(own, to_objects(world, points).abs(), torch.inf).amin(-1)
+    in_room = points - torch.nn.functional.pad(world.room_half[:, None, 2:], (2, 0))
+    to_wall = (world.room_half[:, None] - in_room.abs()).amin(-1).abs()
+    gap = torch.where(seen == 0, torch.minimum(gap, to_wall), gap)
+    assert gap.quantile(0.999) < 2e-3 and gap.max() < 0.02
+    assert 0.05 < (seen > 0).float().mean() < 0.9 and len(seen.unique()) > 4
+
+
+def test_what_changes_before_a_camera_at_rest_is_marked_as_moving():
+    g = torch.Generator().manual_seed(2)
+    world = make_world(3, g, 256, moving=1.0)
+    time_s = torch.tensor([[0.0, 0.7]]).expand(3, -1)
+    T = sample_paths(world, torch.zeros(3, 2), HAND_HELD, g).flatten(0, 1)
+    K = pinhole(torch.full((6,), 1.2), *SIZE)
+    drawn = render(world.repeat_frames(2, time_s), T, K, SIZE, texture_pool(0))
+    depth_m, moving = (x.unflatten(0, (3, 2)) for x in (drawn.depth_m, drawn.moving))
+    changed = (depth_m[:, 1] - depth_m[:, 0]).abs() > 0.01
+    assert changed.any() and not moving.all()
+    assert moving.any(1)[changed].all()
+    assert changed[moving.any(1)].float().mean() > 0.4
+    assert not scene(seed=2, batch=2)[3].moving.any()
+
+
+def test_shadows_lie_where_something_stands_before_the_lamp_and_nowhere_else():
+    world, T, K, _ = scene(seed=3, batch=6, frames=1)
+    lit, shadowed = (render(world, T, K, SIZE, texture_pool(0), shadows=s) for s in (False, True))
+    points = unproject_to_world(lit.depth_m, K, T).flatten(1, 2)
+    to_lamp = world.light[:, None] - points
+    share = torch.linspace(0.03, 0.97, 60)[:, None]
+    on_the_way = (points[:, :, None] + share * to_lamp[:, :, None]).flatten(1, 2)
+    nearest = to_objects(world, on_the_way).amin(-1).view(6, -1, 60).amin(-1)
+    faces = (lit.normal_world.flatten(2).mT * to_lamp).sum(-1) / to_lamp.norm(dim=-1) > 0.1
+    darker = (lit.rgb - shadowed.rgb).flatten(2).amax(1)
+    blocked, free = faces & (nearest < -0.02), nearest > 0.03
+    assert blocked.float().mean() > 0.01 and free.float().mean() > 0.2
+    assert darker[blocked].quantile(0.05) > 1e-3 and darker[free].max() < 1e-5
+
+
+def test_a_sensor_adds_noise_of_its_own_to_every_pixel_and_clip():
+    grey = torch.full((40, 3, 16, 16), 0.5)
+    images = degrade(grey, 1, torch.Generator().manual_seed(0))
+    bend = images[..., 2:] - 2 * images[..., 1:-1] + images[..., :-2]  # a vignette is smooth
+    sigma = bend.flatten(1).std(1) / math.sqrt(6)
+    assert 0.01 < sigma.mean() < 0.02 and sigma.min() < 0.007 and 0.02 < sigma.max() < 0.035
+    assert (degrade(grey, 1, torch.Generator().manual_seed(0), strength=0.0) == 0.5).all()
 
 
 @pytest.mark.parametrize(('motion', 'fastest'), [(HAND_HELD, 3.0), (WHEELED, 3.0), (DRONE, 6.0)])
@@ -231,6 +285,52 @@ def test_the_sky_has_no_depth_and_the_ground_has():
     clips = sample_clips(3, ClipConfig(height=24, width=32, frames=2, kind='open'), seed=2)
     assert 0 < (clips.depth_m == 0).float().mean() < 0.7
     assert (clips.depth_m[:, :, -1] > 0).all()
+
+
+def test_a_recording_tells_what_moves_what_is_seen_and_through_which_lens(tmp_path):
+    plain, rich = (
+        render_sequence(1, 3, 24, 32, fps=1.0, fov_deg=80.0, **options)
+        for options in (
+            {},
+            {'moving': 1.0, 'principal_shift': 0.1, 'distortion': (-0.2, 0.05), 'surfaces': True},
+        )
+    )
+    assert plain.normal_world is None and plain.instance is None and not plain.moving.any()
+    assert rich.moving.shape == rich.instance.shape == rich.depth_m.shape and rich.moving.any()
+    assert (rich.instance[rich.moving] > 0).all()
+    assert torch.equal(rich.K[:2, :2], plain.K[:2, :2]) and (rich.K != plain.K).any()
+    # Points of one flat patch, found with the lens, lie across its normal; without it they do not.
+    bent, straight = (
+        _slopes(rich, camera_rays(rich.K[None], 24, 32, lens)[0])
+        for lens in (rich.distortion, (0.0, 0.0))
+    )
+    assert bent < 1e-5 and straight > 1e-3, (bent, straight)
+    write_tum(rich, tmp_path / 'tum')
+    numbers = [float(x) for x in (tmp_path / 'tum' / 'camera.txt').read_text().split()]
+    assert numbers[4:] == [-0.2, 0.05, 0, 0, 0] and len(numbers) == 9
+    with pytest.raises(OutputError, match='pinhole'):
+        write_scene_folder(rich, tmp_path / 'scene')
+
+
+def _slopes(recording, rays):
+    """How far neighbours on one flat patch lie off it, as a share of their distance; median."""
+    points = (rays * recording.depth_m.flatten(1)[..., None]) @ recording.T_world_camera[
+        :, :3, :3
+    ].mT
+    points = points.unflatten(1, (24, 32))
+    normal = recording.normal_world.movedim(1, -1)
+    step = points[:, :, 4:] - points[:, :, :-4]
+    same = (normal[:, :, 4:] == normal[:, :, :-4]).all(-1)
+    same &= recording.instance[:, :, 4:] == recording.instance[:, :, :-4]
+    return ((step * normal[:, :, 4:]).sum(-1).abs() / step.norm(dim=-1))[same].median()
+
+
+def test_the_lens_of_a_batch_is_drawn_from_its_range():
+    def drawn(seed, **options):
+        return sample_clips(1, ClipConfig(height=8, width=8, frames=1, **options), seed)
+
+    lenses = [drawn(seed, k1=(-0.1, 0.1)).distortion for seed in range(4)]
+    assert len(set(lenses)) == 4 and all(-0.1 <= k1 <= 0.1 and k2 == 0 for k1, k2 in lenses)
 
 
 def test_depth_that_a_tum_image_cannot_hold_is_unknown(tmp_path):

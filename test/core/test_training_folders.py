@@ -1,15 +1,18 @@
-"""Folders of scenes: views are drawn as published, and bad data is named."""
+"""What is trained on: folders of scenes, drawn as published, and nothing that is held out."""
 
 import random
 
 import numpy as np
 import pytest
+import torch
 
 from stream3r_core.errors import DataError
 from stream3r_core.synthetic import render_sequence
+from stream3r_core.synthetic.clips import texture_pool
 from stream3r_core.synthetic.folders import write_scene_folder
+from stream3r_core.training import data
 from stream3r_core.training.folders import SceneFolder, choose_views
-from stream3r_core.training.settings import FolderConfig
+from stream3r_core.training.settings import FolderConfig, StageConfig, TrainingConfig
 
 SIZE = (24, 32)
 
@@ -131,3 +134,29 @@ def test_a_collection_is_shuffled_in_blocks():
     share = np.mean([any(in_blocks(r, size) for size in range(2, 10)) for r in ranks])
     assert share > 0.8  # block sizes are drawn from 2 .. 10, and 10 is any order
     assert (ranks != np.sort(ranks)).any(1).mean() > 0.9
+
+
+def test_held_out_sequences_have_seeds_and_textures_that_training_never_draws(monkeypatch):
+    drawn = []
+
+    def sample_clips(count, clip, seed, device):
+        drawn.append((seed, clip.texture_seed))
+        return original(count, clip, seed, device)
+
+    original = data.sample_clips
+    monkeypatch.setattr(data, 'sample_clips', sample_clips)
+    stage = StageConfig(batch=1, size_hw=(16, 16), frames=(1,))
+    config = TrainingConfig(stages=(stage,), validation_scenes=6, validation_frames=1)
+    mixture = data.DataMixture(config)
+    for draw in range(30):
+        mixture.batch(0, draw)
+    trained = drawn.copy()
+    mixture.held_out(0)
+    held_out = drawn[len(trained) :]
+    assert len(held_out) == 2 and len({seed for seed, _ in trained}) == 30
+    assert max(seed for seed, _ in trained) < data.HELD_OUT_SEED <= min(s for s, _ in held_out)
+    of_generator = [{seed % (1 << 32) for seed, _ in some} for some in (trained, held_out)]
+    assert not of_generator[0] & of_generator[1]  # it reads 32 bits
+    assert not {t for _, t in trained} & {t for _, t in held_out}
+    ours, theirs = (texture_pool(drawn[i][1]).texels.view(256, -1) for i in (0, -1))
+    assert torch.cdist(ours, theirs).min() > 1

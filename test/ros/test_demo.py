@@ -14,12 +14,13 @@ from recordings import SMALL, picture, recorded, stamp, true_tf, write_images
 
 from stream3r_core.evaluation.trajectory_files import read_trajectory
 from stream3r_core.mapping import load_ply
+from stream3r_core.synthetic import render_sequence
 from stream3r_ros.bag import BagReader
 from stream3r_ros.cli import main
 from stream3r_ros.conversions import stamp_ns
 from stream3r_ros.picture import draw_results
 from stream3r_ros.replay import INTERRUPTED
-from stream3r_ros.sample import CAMERA_FRAME, TRUE_POSE, write_sample
+from stream3r_ros.sample import CAMERA_FRAME, CAMERA_INFO, TRUE_POSE, write_sample, write_sequence
 from stream3r_ros.sources import BagSource
 
 pytestmark = pytest.mark.ros
@@ -173,6 +174,13 @@ def test_the_sample_is_a_bag_with_images_intrinsics_and_a_truth_apart(tmp_path):
     assert [frame.frame_id for frame in frames] == [CAMERA_FRAME] * 2
     assert [frame.stamp_ns for frame in frames] == [stamp_ns(truth) for truth in truths]
     assert frames[0].K[0, 0] > 0 and frames[0].rgb.std() > 10
+
+
+def test_a_rendered_lens_is_in_the_camera_info_of_its_bag(tmp_path):
+    write_sequence(tmp_path / 'bag', render_sequence(0, 1, 24, 32, distortion=(-0.1, 0.02)))
+    with BagReader(tmp_path / 'bag') as bag:
+        [info] = [bag.deserialize(message) for message in bag.messages([CAMERA_INFO])]
+    assert info.distortion_model == 'plumb_bob' and list(info.d) == [-0.1, 0.02, 0, 0, 0]
 
 
 def test_the_picture_shows_the_map_the_path_and_the_warning(tmp_path):
