@@ -19,7 +19,7 @@ from stream3r_core.backend.restart import RestartPolicy
 from stream3r_core.backend.sensors import Sensed
 from stream3r_core.backend.worker import BackendWorker
 from stream3r_core.config import CoreConfig, MappingConfig
-from stream3r_core.errors import ConfigError, InputError, NotLocalizedError
+from stream3r_core.errors import ConfigError, DataError, InputError, NotLocalizedError
 from stream3r_core.pipeline import Reconstructor, free_gpu_memory, make_session
 from stream3r_core.types import FramePrediction
 
@@ -52,7 +52,7 @@ class SubmapReconstructor:
 
     Raises:
         ConfigError: Options that do not go together.
-        DataError: ``backend.load`` is no saved map.
+        DataError: ``backend.load`` is no saved map, or one of another network.
 
     """
 
@@ -92,12 +92,40 @@ class SubmapReconstructor:
         options = self.config.backend
         kind = Localizer if options.localize_only else SubmapBackend
         self.backend = kind(options, self.config.mapping, self._witness.predict_pairs)
+        self.backend.network = self._witness.weights_sha256
+        self._loaded_size_hw: tuple[int, int] | None = None  # of the images in a loaded map
         if saved:
             load_map(self.backend, saved)
+            self._check_network(saved)
         self._last_loaded = self.backend.last_frame_id  # of a map that this run goes on in
         self.map = AtlasMap(self.backend.atlas)
         if self._in_background:
             self._worker = BackendWorker(self.backend, on_update=self._tell)
+
+    def _check_network(self, saved: str) -> None:
+        """Make sure that this network describes the images of a loaded map as its own did."""
+        keyframes = (k for submap in self.backend.atlas.submaps.values() for k in submap.keyframes)
+        shown = next((k for k in keyframes if k.image_rgb is not None), None)
+        if shown is None or shown.descriptor is None:
+            return
+        self._loaded_size_hw = shown.image_rgb.shape[:2]
+        width = self._witness.describe(shown.image_rgb).size
+        if width != shown.descriptor.size:
+            raise DataError(
+                f'{saved}: its places are described by {shown.descriptor.size} numbers, this '
+                f'network gives {width}; run with the network that made the map'
+            )
+
+    def _check_size(self, prediction: FramePrediction) -> None:
+        """Refuse images that the network sees at another size than those of a loaded map."""
+        size_hw, expected = tuple(prediction.rgb.shape[:2]), self._loaded_size_hw
+        if expected is not None and size_hw != expected:
+            self._restart()
+            raise InputError(
+                f'the network sees this image with {size_hw[1]} x {size_hw[0]} pixels, those of '
+                f'{self.config.backend.load} with {expected[1]} x {expected[0]}: they cannot be '
+                'seen together; use the same camera resolution and image options, or another map'
+            )
 
     def _tell(self, update: BackendUpdate) -> None:
         if update.moved and self._on_moved is not None:
@@ -117,14 +145,16 @@ class SubmapReconstructor:
         """Take one camera image; return its prediction in the map, on the CPU, in a list.
 
         Arguments and errors as :meth:`StreamSession.step`; also InputError for an image whose pose
-        is not finite, after which a new session starts, and, with ``localize_only``,
-        NotLocalizedError for images whose place in the map is not known yet.
+        is not finite, after which a new session starts, for one of another size than those of
+        the loaded map, and, with ``localize_only``, NotLocalizedError for images whose place in
+        the map is not known yet.
         """
         if self._policy.is_pause(stamp_ns):
             self._restart()
         elif self._is_full:
             self._begin_submap()
         prediction = self.session.step(image, stamp_ns, K).to('cpu')
+        self._check_size(prediction)
         reason = self._policy.reason(prediction)
         if reason == 'pose':
             self._restart()
@@ -236,12 +266,15 @@ class SubmapReconstructor:
             'backend_pending': 0 if self._worker is None else self._worker.num_pending,
         }
 
-    def trajectory(self, corrected: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    def trajectory(
+        self, corrected: bool = True, newest: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Return stamps_ns [n] and T_world_camera [n, 4, 4] of this run, as its frames lie now.
 
-        ``corrected`` False: without loops. Frames without a stamp have ``NO_STAMP``.
+        ``corrected`` False: without loops. ``newest``: of so many frames only, the last ones.
+        Frames without a stamp have ``NO_STAMP``.
         """
-        frame_ids, stamps_ns, poses = self.backend.trajectory(corrected)
+        frame_ids, stamps_ns, poses = self.backend.trajectory(corrected, newest)
         own = frame_ids > self._last_loaded
         return stamps_ns[own], poses[own]
 

@@ -230,8 +230,9 @@ class LiveReconstruction:
         num_moves = self._reconstructor.num_moves
         if num_moves == self._num_moves:
             return
+        outputs = self._publishers.outputs
         try:
-            self._publishers.outputs.correct(*self._reconstructor.trajectory())
+            outputs.correct(*self._reconstructor.trajectory(newest=outputs.max_path_poses))
             self._publishers.publish_path()
         except Exception as error:
             self.trouble = f'the path lacks a correction of the back end: {first_line(error)}'

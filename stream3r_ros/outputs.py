@@ -118,6 +118,11 @@ class Outputs:
         """Say where the world [4, 4] of a new session lies in the map; its scale is unknown."""
         self._world = WorldInMap(T_map_world)
 
+    @property
+    def max_path_poses(self) -> int:
+        """Poses that the path keeps, the newest ones."""
+        return self._poses.maxlen
+
     def set_scale(self, scale: float) -> None:
         """Give everything from now on, and the path so far, another scale; map origin fixed."""
         before = self._world
@@ -147,6 +152,8 @@ class Outputs:
 
         ``stamps_ns`` [n], ``T_world_camera`` [n, 4, 4]; frames that are not named stay.
         """
+        newest = slice(-self.max_path_poses, None)
+        stamps_ns, T_world_camera = stamps_ns[newest], T_world_camera[newest]
         T_map_camera = self._world.poses(T_world_camera)
         quats_xyzw = matrix_to_quat_xyzw(torch.from_numpy(T_map_camera[:, :3, :3])).tolist()
         positions = T_map_camera[:, :3, 3].tolist()

@@ -25,6 +25,7 @@ from stream3r_ros.tf import T_map_of_first_camera
 TRAJECTORY, MAP, MADE_WITH, BAG = 'trajectory.tum', 'map.ply', 'map.json', 'bag'
 ONLINE, MAP_FILE = 'trajectory_online.tum', 'map.safetensors'  # with a back end
 NAMESPACE = '/stream3r'  # of the topics that a node of that name publishes
+MAX_GRID_POSES = 1000  # that a grid is made from
 RECORDED = ('/tf', '~/pose', '~/odometry', '~/depth/image', '~/depth/camera_info', '~/cloud')
 
 
@@ -59,7 +60,7 @@ class RunBag:
         )
         self.last_stamp_ns: int | None = None
         self._grid_options = config.outputs.occupancy_grid
-        self._poses: list[np.ndarray] = []  # for the grid
+        self._poses, self._every = [], 1  # of every nth frame, for the grid
         self._tan_half_width = 0.0
         self._open_files = ExitStack()
 
@@ -87,9 +88,16 @@ class RunBag:
             self._record(topic, frame.message(topic), frame.stamp_ns)
         self.last_stamp_ns = frame.stamp_ns
         if self._grid_options.enabled:
-            self._poses.append(prediction.T_world_camera.numpy())
+            self._note_view(prediction)
             self._tan_half_width = tan_half_width(prediction)
         return frame
+
+    def _note_view(self, prediction: FramePrediction) -> None:
+        """Keep the pose of every nth frame; n doubles where they become too many."""
+        if (self.outputs.num_frames - 1) % self._every == 0:
+            self._poses.append(prediction.T_world_camera.numpy())
+        if len(self._poses) > MAX_GRID_POSES:
+            self._poses, self._every = self._poses[::2], 2 * self._every
 
     def _record_grid(self, stamp_ns: int) -> None:
         poses = np.stack(self._poses) if self.corrected is None else self.corrected()[1]

@@ -128,7 +128,7 @@ class LoopArbiter:
         inside = self.graph.loops_at(friend.keys[1] for friend in friends)
         if any(f in entering or (f in inside and not f.on_trial) for f in friends):
             return True
-        if self.graph.tensions([edge])[0] <= LIKELY:
+        if self.graph.tensions([edge])[0] <= self._limit:  # which the distance never exceeds
             return True
         if self.graph.has_news:
             self.graph.step()  # marginal covariances are of what iSAM2 knows

@@ -160,22 +160,26 @@ class Atlas:
             np.concatenate([part.confidence for _, part in parts]),
         )
 
-    def trajectory(self, S_submap: dict[int, np.ndarray] | None = None):
+    def trajectory(self, S_submap: dict[int, np.ndarray] | None = None, newest: int | None = None):
         """Return frame_ids [n], stamps_ns [n] and T_map_camera [n, 4, 4] of all frames kept.
 
-        ``S_submap`` gives other places to the submaps, such as those without loops.
+        ``S_submap`` gives other places to the submaps, such as those without loops. ``newest``:
+        only the submaps that hold so many frames, the last ones, are looked at.
         """
+        parts, count = [], 0
         with self.lock:
             S_submap = S_submap or self._S_map
-            parts = [
-                (s.frame_ids, s.stamps_ns, sim3.rigid_of(S_submap[key] @ s.T_submap_camera))
-                for key, s in self.submaps.items()
-                if s.num_frames
-            ]
+            for key, s in reversed(self.submaps.items()):
+                if newest is not None and count >= newest:
+                    break
+                if s.num_frames:
+                    poses = sim3.rigid_of(S_submap[key] @ s.T_submap_camera)
+                    parts.append((s.frame_ids, s.stamps_ns, poses))
+                    count += s.num_frames
         if not parts:
             return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 4, 4))
-        frame_ids, stamps_ns, poses = (np.concatenate(arrays) for arrays in zip(*parts))
-        order = np.argsort(frame_ids, kind='stable')
+        frame_ids, stamps_ns, poses = (np.concatenate(arrays) for arrays in zip(*parts[::-1]))
+        order = np.argsort(frame_ids, kind='stable')[-newest if newest else 0 :]
         return frame_ids[order], stamps_ns[order], poses[order]
 
     def fold(self, key: int, into: int, S_into_key: np.ndarray) -> None:
@@ -218,14 +222,15 @@ class Atlas:
                 pairs.append((key, into))
         return pairs
 
-    def thin(self) -> set[int] | None:
+    def thin(self) -> bool:
         """Hold the budgets of points, poses, images and keyframes.
 
-        Returns the frames of the keyframes that are left, where some had to go.
+        The newest half of the poses stays whole, so that a correction reaches every pose of the
+        path that consumers are shown. Returns whether keyframes, or images of them, had to go.
         """
         with self.lock:
             self._thin_points()
-            poses = evenly_spaced(self._frame_ids(), self.config.max_poses)
+            poses = self._poses_to_keep()
             images = evenly_spaced(
                 [k.frame_id for k in self._keyframes() if k.image_rgb is not None],
                 self.config.max_images,
@@ -240,10 +245,16 @@ class Atlas:
                     submap.keep_images(images)
                 if keyframes is not None:
                     submap.keyframes = [k for k in submap.keyframes if k.frame_id in keyframes]
-            return keyframes
+            return images is not None or keyframes is not None
 
-    def _frame_ids(self) -> list[int]:
-        return [int(i) for submap in self.submaps.values() for i in submap.frame_ids]
+    def _poses_to_keep(self) -> set[int] | None:
+        """Frames whose poses stay: the newest half of the budget, the others spread evenly."""
+        budget = self.config.max_poses
+        if sum(submap.num_frames for submap in self.submaps.values()) <= budget:
+            return None
+        frame_ids = np.sort(np.concatenate([s.frame_ids for s in self.submaps.values()]))
+        old, new = np.split(frame_ids, [-(budget // 2)])
+        return evenly_spaced(old.tolist(), budget - len(new)) | set(new.tolist())
 
     def _keyframes(self):
         return [k for submap in self.submaps.values() for k in submap.keyframes]

@@ -12,7 +12,7 @@ from stream3r_core.backend.arbiter import LoopArbiter
 from stream3r_core.backend.atlas import Atlas
 from stream3r_core.backend.config import BackendConfig
 from stream3r_core.backend.keyframes import Keyframe, KeyframeSelector, to_keyframe
-from stream3r_core.backend.places import PlaceIndex
+from stream3r_core.backend.places import Place, PlaceIndex
 from stream3r_core.backend.pose_graph import Edge, PoseGraph
 from stream3r_core.backend.sensors import Measured, Sensed, SensorFactors, SubmapSenses
 from stream3r_core.backend.submap import Submap
@@ -70,7 +70,7 @@ class SubmapBackend:
     :class:`~stream3r_core.backend.worker.BackendWorker`). :attr:`atlas` may be read from any.
 
     Frames: ``map`` is that of the first submap; ``odom`` is the same chain of submaps without any
-    loop, which never jumps.
+    loop. It jumps only with the unit of the whole map, when sensors first tell its metres.
     """
 
     def __init__(
@@ -86,6 +86,7 @@ class SubmapBackend:
         self.atlas = self._live = Atlas(self.config.submaps)  # _live: where new submaps go
         self.next_key = 0
         self.last_frame_id = -1
+        self.network = ''  # what tells the front end's network from others, for saved maps
         self._S_odom: dict[int, np.ndarray] = {}
         self._unjoined: dict[int, Joint] = {}  # placed by track, not in the graph yet
         # of the thread that tracks
@@ -301,18 +302,16 @@ class SubmapBackend:
             self._num_loops.clear()
         found = self.places.search(descriptor, key, order)
         wanted = [p for p in found if self._num_loops[p.submap] < self.config.loops.max_per_pair]
-        candidates = [(place.submap, self._keyframe(place)) for place in wanted]
-        return self._verify([(s, k) for s, k in candidates if k is not None], view, key)
+        return self._verify([(place.submap, self._keyframe(place)) for place in wanted], view, key)
 
-    def _keyframe(self, place) -> Keyframe | None:
-        """The keyframe of a place, if it can be shown to the network."""
-        wanted = (k for k in self.atlas.submaps[place.submap].keyframes)
-        return next(
-            (k for k in wanted if k.frame_id == place.frame_id and self._is_shown(k)), None
-        )
+    def _keyframe(self, place: Place) -> Keyframe:
+        keyframes = self.atlas.submaps[place.submap].keyframes
+        return next(k for k in keyframes if k.frame_id == place.frame_id)
 
-    def _is_shown(self, keyframe: Keyframe) -> bool:
-        return keyframe.image_rgb is not None or not self.config.keyframes.keep_images
+    def _is_searched(self, keyframe: Keyframe) -> bool:
+        """Whether it can be recognised, and shown to the network after that."""
+        is_shown = keyframe.image_rgb is not None or not self.config.keyframes.keep_images
+        return keyframe.descriptor is not None and is_shown
 
     def _verify(self, candidates, view: Keyframe, key: int) -> tuple[tuple[int, int], ...]:
         if not candidates or self._predict_pairs is None:
@@ -392,9 +391,9 @@ class SubmapBackend:
                     self.places.rename(folded, into)
                     del self._S_odom[folded]
                 self._place()
-        kept = self.atlas.thin()
-        if kept is not None:
-            self.places.keep_frames(kept)
+        if self.atlas.thin():
+            keyframes = (k for submap in self.atlas.submaps.values() for k in submap.keyframes)
+            self.places.keep_frames(k.frame_id for k in keyframes if self._is_searched(k))
 
     def S_odom_submap(self, key: int) -> np.ndarray:
         """Where a submap lies without any loop, [4, 4]."""
@@ -410,9 +409,12 @@ class SubmapBackend:
         waiting: list[Edge],
         next_key: int,
         last_frame_id: int,
+        drift_factor: float,
     ) -> None:
         """Take over a saved map; see :mod:`stream3r_core.backend.map_file`."""
         self.graph.rebuild(edges, S_map)
+        self._sensors.restore(edges)
+        self.arbiter.drift_factor = drift_factor
         self.arbiter.doubted.extend(doubted)
         self.arbiter.waiting.extend(waiting)
         self._S_odom = dict(S_odom)
@@ -420,7 +422,7 @@ class SubmapBackend:
         for submap in submaps:
             self.atlas.add(submap, S_map[submap.key])
             for keyframe in submap.keyframes:
-                if keyframe.descriptor is not None:
+                if self._is_searched(keyframe):
                     self.places.add(submap.key, keyframe.frame_id, keyframe.descriptor)
         self._previous = submaps[-1] if submaps else None
 
@@ -445,9 +447,12 @@ class SubmapBackend:
             T_odom_camera = sim3.rigid_of(self._S_odom[key] @ T)
         return T_map_camera @ sim3.inverse(T_odom_camera)
 
-    def trajectory(self, corrected: bool = True):
-        """Return frame_ids [n], stamps_ns [n], poses [n, 4, 4] in the map, or in ``odom``."""
-        return self._live.trajectory(None if corrected else dict(self._S_odom))
+    def trajectory(self, corrected: bool = True, newest: int | None = None):
+        """Return frame_ids [n], stamps_ns [n], poses [n, 4, 4] in the map, or in ``odom``.
+
+        ``newest``: of so many frames only, the last ones.
+        """
+        return self._live.trajectory(None if corrected else dict(self._S_odom), newest)
 
     @property
     def num_moves(self) -> int:

@@ -61,8 +61,8 @@ class Localizer(SubmapBackend):
         self._previous = None
         if not len(self.places):
             raise DataError(
-                'the map to localise in has no keyframe with a descriptor: save one that was made '
-                "with backend.kind 'submaps' and its network"
+                'the map to localise in has no keyframe with a descriptor and its image: save one '
+                "that was made with backend.kind 'submaps' and its network"
             )
 
     def propose_loop(self, i: int, j: int, S_i_j: np.ndarray, covariance: np.ndarray) -> None:
@@ -71,10 +71,10 @@ class Localizer(SubmapBackend):
         R = nearest_rotation(sim3.rotation_of(S))  # networks answer in float32
         self._sight(j, Sighting(sim3.from_parts(sim3.scale_of(S), R, S[:3, 3]), covariance))
 
-    def trajectory(self, corrected: bool = True):
+    def trajectory(self, corrected: bool = True, newest: int | None = None):
         """Return frame_ids, stamps_ns and poses of this run; none before the place is known."""
         is_known = self.is_localized or not corrected  # asked first: the places come before it
-        frame_ids, stamps_ns, poses = super().trajectory(corrected)
+        frame_ids, stamps_ns, poses = super().trajectory(corrected, newest)
         known = slice(None if is_known else 0)
         return frame_ids[known], stamps_ns[known], poses[known]
 

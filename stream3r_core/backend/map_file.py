@@ -7,8 +7,13 @@ arrays. Nothing in it is executed. The header's ``__metadata__`` holds
 - ``format``: ``stream3r-map``, ``version``: ``1``
 - ``map``: JSON with ``submaps`` (list, in order: ``key``, ``path_length``, ``voxel_size``,
   ``keyframes``), ``edges`` (list: ``kind``, ``keys``, ``state`` of ``graph``, ``doubted`` or
-  ``waiting``, ``on_trial``, ``times_off``), ``next_key`` and ``last_frame_id``. A keyframe has
-  ``frame_id``, ``stamp_ns`` (null: none) and the names of the arrays that it has.
+  ``waiting``, ``on_trial``, ``times_off``), ``next_key``, ``last_frame_id``, ``drift_factor`` (by
+  which drift was found to exceed its model; absent: 1) and ``network`` (SHA-256 of the weights
+  that described the places; empty or absent: not known). A keyframe has ``frame_id``,
+  ``stamp_ns`` (null: none) and the names of the arrays that it has.
+
+A map of other weights is refused: their descriptors mean other things, so that no place would ever
+be recognised, and nothing would say so.
 
 Arrays, with k the key of a submap, n its keyframe's place in the list and e that of the edge:
 
@@ -71,6 +76,8 @@ def pack_map(backend: SubmapBackend) -> bytes:
         'edges': _pack_edges(backend, arrays),
         'next_key': backend.next_key,
         'last_frame_id': backend.last_frame_id,
+        'drift_factor': backend.arbiter.drift_factor,
+        'network': backend.network,
     }
     metadata = {'format': FORMAT, 'version': VERSION, 'map': json.dumps(content)}
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
@@ -127,7 +134,8 @@ def load_map(backend: SubmapBackend, path: str | Path) -> None:
     is recognised.
 
     Raises:
-        DataError: The file is missing, cut short, or holds no map of this version.
+        DataError: The file is missing, cut short, holds no map of this version, or one of another
+            network.
         InputError: The back end holds a map already.
 
     """
@@ -152,9 +160,16 @@ def load_map(backend: SubmapBackend, path: str | Path) -> None:
             name: {s.key: arrays[f'submap.{s.key}.{name}'] for s in submaps}
             for name in ('S_map_submap', 'S_odom_submap')
         }
-        state = (content['next_key'], content['last_frame_id'])
+        state = (content['next_key'], content['last_frame_id'], content.get('drift_factor', 1.0))
+        network = content.get('network', '')
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f'{path}: the map in it is damaged ({error!r}); save it anew') from error
+    if network and backend.network and network != backend.network:
+        raise DataError(
+            f'{path} was made with weights of SHA-256 {network[:12]}..., these have '
+            f'{backend.network[:12]}...: its places cannot be recognised with them; run with the '
+            'weights of the map, or begin a new one'
+        )
     backend.restore(submaps, *places.values(), *edges.values(), *state)
 
 

@@ -19,6 +19,12 @@ class NetworkWitness:
     def __init__(self, model):
         self._model = model
 
+    @property
+    def weights_sha256(self) -> str:
+        """Of the file of weights; empty: not from a file."""
+        info = self._model.weights_info
+        return '' if info is None else info.sha256
+
     @torch.inference_mode()
     def describe(self, rgb: np.ndarray) -> np.ndarray:
         """Unit vector [C] float32 of a network image [H, W, 3] uint8."""

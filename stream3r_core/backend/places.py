@@ -26,8 +26,9 @@ class PlaceIndex:
 
     Descriptors are compared without what they have in common, their mean over the map: pooled
     features of any two images are alike (cosines above 0.9), and what is left tells places apart.
-    Two thresholds and a ratio guard against look-alikes: the most similar place must exceed the
-    most similar *other* place, in a submap far from both, by ``ratio``.
+    Look-alikes pass a threshold here and are refused by verification. With ``ratio`` above 1 the
+    most similar place must also exceed the most similar *other* place, in a submap far from it, by
+    that factor: a search that returns nothing in a map where places repeat.
     """
 
     def __init__(self, config: PlaceConfig | None = None):
@@ -45,19 +46,27 @@ class PlaceIndex:
 
     def add(self, submap: int, frame_id: int, descriptor: np.ndarray) -> None:
         """Remember a unit vector [C]."""
-        vector = np.asarray(descriptor, np.float32)
-        width = self._vectors.shape[1] or vector.size
-        if vector.shape != (width,) or not np.isfinite(vector).all():
-            raise InputError(
-                f'expected a finite descriptor [{width}] as before, got {list(vector.shape)}; '
-                'one map holds descriptors of one network'
-            )
+        vector = self._checked(descriptor)
         if self._count == len(self._vectors):
-            self._grow(width)
+            self._grow(vector.size)
         at = self._count
         self._vectors[at], self._submaps[at], self._frames[at] = vector, submap, frame_id
         self._sum = self._sum + vector.astype(np.float64)
         self._count += 1
+
+    @property
+    def width(self) -> int:
+        """Length C of the descriptors; 0: there was none yet."""
+        return self._vectors.shape[1]
+
+    def _checked(self, descriptor: np.ndarray) -> np.ndarray:
+        vector, width = np.asarray(descriptor, np.float32), self.width
+        if vector.shape != (width or vector.size,) or not np.isfinite(vector).all():
+            raise InputError(
+                f'expected a finite descriptor [{width}] as before, got {list(vector.shape)}; '
+                'one map holds descriptors of one network'
+            )
+        return vector
 
     def _grow(self, width: int) -> None:
         capacity = max(64, int(_GROWTH * self._count))
@@ -79,8 +88,7 @@ class PlaceIndex:
         """
         if not self._count:
             return []
-        vector = np.asarray(descriptor, np.float32)
-        rows, similarity = self._most_similar(vector)
+        rows, similarity = self._most_similar(self._checked(descriptor))
         now = order[submap]
         best: dict[int, Place] = {}
         for row, cosine in zip(rows, similarity):
@@ -117,8 +125,7 @@ class PlaceIndex:
     def _index_new_rows(self) -> None:
         if self._graph is None:
             faiss = load_faiss()
-            width = self._vectors.shape[1]
-            self._graph = faiss.IndexHNSWFlat(width, 32, faiss.METRIC_INNER_PRODUCT)
+            self._graph = faiss.IndexHNSWFlat(self.width, 32, faiss.METRIC_INNER_PRODUCT)
             self._graph.hnsw.efSearch = 2 * _NEIGHBOURS
         self._graph.add(self._vectors[self._num_indexed : self._count])
         self._num_indexed = self._count
@@ -130,7 +137,7 @@ class PlaceIndex:
         for name in ('_vectors', '_submaps', '_frames'):
             array = getattr(self, name)
             array[: self._count] = array[rows]
-        self._sum = self._vectors[: self._count].sum(0, dtype=np.float64)
+        self._sum = self._vectors[: self._count].sum(0, dtype=np.float64) if rows.size else 0.0
         self._graph, self._num_indexed = None, 0
 
     def keep_frames(self, frame_ids) -> None:

@@ -1,9 +1,9 @@
 """Incremental pose graph on Sim(3): one similarity per submap, GTSAM's iSAM2 underneath.
 
 Why GTSAM: its wheels (4.3, CPython 3.11 to 3.13, x86_64 and aarch64) hold both what is needed,
-Sim(3) factors and iSAM2, so that an update costs what it changes. Measured on a graph of 1,000
-submaps with a loop each: 15 ms median per update on one core, against 530 ms for solving the same
-graph anew with Levenberg-Marquardt. pyceres and symforce solve in batches only, g2o and CHOLMOD
+Sim(3) factors and iSAM2, so that an update costs what it changes: with 1,000 submaps
+it takes a small part of solving the same graph anew (``benchmarks/backend_updates.py``, figures in
+``benchmarks/RESULTS.md``). pyceres and symforce solve in batches only, g2o and CHOLMOD
 (scikit-sparse) publish no wheel for this Python, and a solver of our own would have to be proved.
 CPython 3.10 has no wheel of 4.3.
 """
@@ -53,6 +53,7 @@ class PoseGraph:
         self._poses: dict[int, np.ndarray] = {}
         self._unknown: set[int] = set()  # submaps that iSAM2 has not heard of
         self._is_stale = False  # iSAM2 knows better
+        self._anchors: list[Edge] = []
         self._odometry: dict[int, Edge] = {}  # by the submap that it appended
         self._loops: dict[int, list[Edge]] = {}  # in the graph, by their last end
         self.is_settled = True  # another step would change nothing of note
@@ -163,6 +164,8 @@ class PoseGraph:
         if not (np.isfinite(measurement).all() and np.isfinite(covariance).all()):
             raise InputError(f'{kind} between submaps {keys} is not finite; leave it out')
         self._new.append(Edge(kind, keys, measurement, covariance))
+        if kind == 'anchor':
+            self._anchors.append(self._new[-1])
         if kind == 'odometry':
             self._odometry[keys[1]] = self._new[-1]
         if kind in ('motion', 'scale'):
@@ -174,28 +177,21 @@ class PoseGraph:
     @property
     def is_metric(self) -> bool:
         """Whether the unit of the map is the metre, as far as the measurements know it."""
-        anchors = (edge for edge in self._all_edges() if edge.kind == 'anchor')
-        return any(anchor.covariance[6, 6] >= FREE_SCALE**2 for anchor in anchors)
+        return any(anchor.covariance[6, 6] >= FREE_SCALE**2 for anchor in self._anchors)
 
-    def _free_scale(self) -> list[Edge]:
+    def _free_scale(self) -> None:
         """Let the map become metric: until now its unit was that of the first submap."""
-        anchors = [
-            edge
-            for edge in self._all_edges()
-            if edge.kind == 'anchor' and edge.covariance[6, 6] < FREE_SCALE**2
-        ]
-        for anchor in anchors:
-            anchor.covariance[6, 6] = FREE_SCALE**2
-            self._changed += [anchor] if anchor in self.edges else []
-        return anchors
+        for anchor in self._anchors:
+            if anchor.covariance[6, 6] < FREE_SCALE**2:
+                anchor.covariance[6, 6] = FREE_SCALE**2
+                self._changed += [anchor] if anchor in self.edges else []
 
     def rescale(self, factor: float) -> None:
         """Make the whole map ``factor`` times as large and let measurements tell its unit."""
         S = sim3.from_parts(factor, np.eye(3), np.zeros(3))
         self._free_scale()
-        for anchor in self._all_edges():
-            if anchor.kind == 'anchor':
-                anchor.measurement = S @ anchor.measurement
+        for anchor in self._anchors:
+            anchor.measurement = S @ anchor.measurement
         self.rebuild(self.edges, {key: S @ pose for key, pose in self.poses().items()})
 
     def change(self, edges: Iterable[Edge]) -> None:
@@ -289,7 +285,10 @@ class PoseGraph:
         return S_i_j, J @ joint @ J.T
 
     def distance(self, edge: Edge) -> float:
-        """Squared Mahalanobis distance of a loop that is not in the graph."""
+        """Squared Mahalanobis distance of a loop that is not in the graph.
+
+        Dear, for the covariance of the graph; never more than its tension, which is without.
+        """
         S_i_j, covariance = self.relative(*edge.keys)
         error = sim3.log(sim3.inverse(edge.measurement) @ S_i_j)
         return float(error @ np.linalg.solve(covariance + edge.covariance, error))
@@ -345,8 +344,9 @@ class PoseGraph:
         """Set up iSAM2 anew with these measurements, from the present or the given poses."""
         self._poses = {k: np.array(S, np.float64) for k, S in (poses or self.poses()).items()}
         self._is_stale = False
-        self._odometry = {e.keys[1]: e for e in (*edges, *self._new) if e.kind == 'odometry'}
         self._new, self.edges = [*edges, *self._new], []
+        self._anchors = [e for e in self._new if e.kind == 'anchor']
+        self._odometry = {e.keys[1]: e for e in self._new if e.kind == 'odometry'}
         self._changed, self._loops = [], {}
         self._isam = self._empty()
         self._unknown = set(self._poses)

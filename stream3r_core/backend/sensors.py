@@ -15,6 +15,7 @@ import numpy as np
 from stream3r_core.backend import sim3
 from stream3r_core.backend.arbiter import LIKELY, LoopArbiter
 from stream3r_core.backend.config import BackendConfig
+from stream3r_core.backend.pose_graph import Edge
 
 _MIN_MISFITS, _QUANTILE = 6, 0.3  # of the motions: where they tell how large drift is
 _USUAL = 3.83  # that quantile of a squared distance in 6 dimensions
@@ -94,6 +95,14 @@ class SensorFactors:
         self._scales: deque[Measured] = deque(maxlen=_WINDOW)  # newest ones
         self._motions: deque[Measured] = deque(maxlen=_WINDOW)
         self._doubted: list[Measured] = []  # of the motions
+
+    def restore(self, edges: Iterable[Edge]) -> None:
+        """Remember what the edges of a saved map have measured."""
+        for edge in sorted(edges, key=lambda edge: edge.keys):
+            if edge.kind == 'scale':
+                self._scales.append(Measured('scale', edge.keys, float(edge.measurement[0])))
+            elif edge.kind == 'motion':
+                self._motions.append(Measured('motion', edge.keys, edge.measurement))
 
     def take(self, measured: Iterable[Measured]) -> float:
         """Add factors; return by what the whole map was scaled for them, 1 as a rule."""

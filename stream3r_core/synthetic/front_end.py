@@ -149,7 +149,11 @@ class PillarHall:
 
 
 class SimulatedFrontEnd:
-    """Predictions of sessions along a walk, of pairs of its frames, and descriptors of places."""
+    """Predictions of sessions along a walk, of pairs of its frames, and descriptors of places.
+
+    What a session errs by does not depend on what else was asked for: the same walk is disturbed
+    in the same way with any back end.
+    """
 
     def __init__(
         self,
@@ -164,7 +168,8 @@ class SimulatedFrontEnd:
         self.session_frames, self.overlap, self.size_hw = session_frames, overlap, size_hw
         self.hall = PillarHall(walk, seed)
         self._exact: dict[int, np.ndarray] = {}  # depth of the frames seen so far, metres
-        self._rng = np.random.default_rng(seed + 1)
+        self._seed, self._num_sessions = seed, 0
+        self._rng = np.random.default_rng(seed + 1)  # of pairs and descriptors
         height, width = size_hw
         self.K = np.array([[0.6 * width, 0, width / 2], [0, 0.6 * width, height / 2], [0, 0, 1]])
         features = np.random.default_rng(7)  # the same for all walks, as one network would
@@ -184,8 +189,10 @@ class SimulatedFrontEnd:
     def session(self, frames: Sequence[int]) -> Iterator[tuple[int, FramePrediction]]:
         """Predictions of one session; its world is its first camera, in its own unit."""
         T_first = self.walk.T_world_camera[frames[0]]
-        pose, scale = np.eye(4), np.exp(self.disturbance.unit * self._rng.standard_normal())
-        drift = self._drift(frames)
+        rng = np.random.default_rng((self._seed, self._num_sessions, 1))
+        drift = self.drift(self._num_sessions, frames)
+        self._num_sessions += 1
+        pose, scale = np.eye(4), np.exp(self.disturbance.unit * rng.standard_normal())
         previous = T_first
         for index, frame in enumerate(frames):
             T = self.walk.T_world_camera[frame]
@@ -195,18 +202,22 @@ class SimulatedFrontEnd:
                 step[:3, 3] = scale * (step[:3, 3] + drift[3:6])
                 pose, scale = pose @ step, scale * np.exp(drift[6])
             previous = T
-            yield frame, self._prediction(index, frame, pose, scale)
+            yield frame, self._prediction(index, frame, pose, scale, rng)
 
-    def _drift(self, frames: Sequence[int]) -> np.ndarray:
-        """Error of every step [7]: rotation, rad; translation, metres; log scale."""
+    def drift(self, number: int, frames: Sequence[int]) -> np.ndarray:
+        """Error [7] of every step of a session, the ``number``-th to be asked for.
+
+        Rotation, rad; translation, metres; log scale.
+        """
+        rng = np.random.default_rng((self._seed, number, 0))
         way = self.walk.T_world_camera[list(frames), :3, 3]
         path = np.linalg.norm(np.diff(way, axis=0), axis=1).sum()
         d = self.disturbance
         sigmas = [np.deg2rad(d.rotation_deg)] * 3 + [d.translation * path] * 3 + [d.scale]
-        return np.array(sigmas) * self._rng.standard_normal(7) / max(len(frames) - 1, 1)
+        return np.array(sigmas) * rng.standard_normal(7) / max(len(frames) - 1, 1)
 
-    def _prediction(self, index: int, frame: int, pose: np.ndarray, scale) -> FramePrediction:
-        depth, confidence = self._depth(frame, scale)
+    def _prediction(self, index: int, frame: int, pose, scale, rng) -> FramePrediction:
+        depth, confidence = self._depth(frame, scale, rng)
         return FramePrediction(
             index=index,
             stamp_ns=int(self.walk.stamps_ns[frame]),
@@ -220,9 +231,9 @@ class SimulatedFrontEnd:
             geometry=ImageGeometry(self.size_hw, self.size_hw, (1.0, 1.0), (0, 0)),
         )
 
-    def _depth(self, frame: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    def _depth(self, frame: int, scale: float, rng) -> tuple[np.ndarray, np.ndarray]:
         """Disturbed depth in units of ``scale`` per metre, and confidence, which knows nothing."""
-        d, rng = self.disturbance, self._rng
+        d = self.disturbance
         if frame not in self._exact:
             T = self.walk.T_world_camera[frame]
             self._exact[frame] = self.hall.depth(T, self.K, self.size_hw)
@@ -245,7 +256,8 @@ class SimulatedFrontEnd:
             T[:3, 3] = rng.standard_normal(3)
         unit = np.exp(d.unit * rng.standard_normal())
         depths = [
-            self._depth(f, unit * np.exp(d.pair * rng.standard_normal())) for f in (first, second)
+            self._depth(f, unit * np.exp(d.pair * rng.standard_normal()), rng)
+            for f in (first, second)
         ]
         median = np.median(depths[0][0][depths[0][0] > 0])
         T[:3, :3] = (

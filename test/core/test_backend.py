@@ -157,7 +157,7 @@ def test_an_endless_corridor_stays_within_every_budget():
             (
                 len(backend.atlas.submaps) - 1,  # one is open
                 len(backend.graph.edges) - 1,
-                len(backend.places) - 12,
+                len(backend.places) - 12,  # those that keep their image, as others prove nothing
                 len(keyframes) - 12,
                 sum(k.image_rgb is not None for k in keyframes) - 12,
                 len(backend.trajectory()[0]) - 12,
@@ -165,7 +165,7 @@ def test_an_endless_corridor_stays_within_every_budget():
             )
         )
     worst = np.array(sizes).max(0)
-    assert (worst <= (10, 10, 60, 60, 20, 80, 3000)).all(), worst
+    assert (worst <= (10, 10, 20, 60, 20, 80, 3000)).all(), worst
     assert backend.next_key > 40
     frame_ids, _, T_map = backend.trajectory()
     assert frame_ids[0] < 12 and frame_ids[-1] == len(walk.stamps_ns) - 1  # thinned, not cut

@@ -48,6 +48,26 @@ def test_false_loops_do_not_move_the_map(seed, at_once):
     assert results[1] == pytest.approx(results[0], rel=0.1)
 
 
+def test_a_loop_that_the_graph_agrees_with_needs_no_marginal_covariance(monkeypatch):
+    truth = ring(60, laps=2.0)
+    judge = arbiter(truth, 0)
+    judge.propose(0, 30, between(truth, 0, 30), EXACT)
+    settle(judge)
+    asked = []
+    marginal = judge.graph.relative
+    monkeypatch.setattr(
+        judge.graph, 'relative', lambda *keys: asked.append(keys) or marginal(*keys)
+    )
+    sure = between(dict(judge.graph.poses()), 1, 31)
+    off = 7 * np.sqrt(np.diag(EXACT)) * np.eye(7)[3]  # 49 of the 97 that are believed
+    judge.propose(1, 31, sure @ sim3.exp(off), EXACT)
+    judge.optimise()
+    assert len(judge.graph.loops) == 2 and not asked
+    judge.propose(2, 32, sim3.exp(np.full(7, 0.3)), EXACT)
+    judge.optimise()
+    assert asked == [(2, 32)]
+
+
 def test_a_false_loop_that_came_first_gives_way_to_several_that_agree():
     truth = ring(60, laps=2.0)
     judge = arbiter(truth, 3)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from backend_walks import FRAMES, ate, feed, make_backend
 from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from stream3r_core.backend.map_file import load_map, save_map
 from stream3r_core.errors import DataError, InputError, OutputError
@@ -53,17 +53,38 @@ def test_everything_comes_back(mapped, tmp_path):
     np.testing.assert_allclose(again.trajectory()[2], backend.trajectory()[2], atol=0.02)
 
 
-def test_saving_what_was_loaded_gives_the_same_bytes(mapped, tmp_path):
+def test_saving_what_was_loaded_gives_the_same_content(mapped, tmp_path):
     _, front_end, backend = mapped
     save_map(backend, tmp_path / 'a.map')
     again = make_backend(front_end)
     load_map(again, tmp_path / 'a.map')
     save_map(again, tmp_path / 'b.map')
-    a, b = ((tmp_path / name).read_bytes() for name in ('a.map', 'b.map'))
-    assert json.loads(a[8 : 8 + int.from_bytes(a[:8], 'little')]) is not None
     with safe_open(tmp_path / 'a.map', 'np') as x, safe_open(tmp_path / 'b.map', 'np') as y:
-        assert sorted(x.keys()) == sorted(y.keys())
-    assert len(a) == len(b)
+        assert json.loads(x.metadata()['map']) == json.loads(y.metadata()['map'])
+    x, y = (load_file(tmp_path / name) for name in ('a.map', 'b.map'))
+    assert sorted(x) == sorted(y)
+    for name, array in x.items():
+        np.testing.assert_array_equal(array, y[name], err_msg=name)
+        assert array.dtype == y[name].dtype
+
+
+def test_a_map_of_other_weights_is_refused_and_drift_is_known_again(mapped, tmp_path):
+    _, front_end, backend = mapped
+    ours, theirs = 'a' * 64, 'b' * 64
+    for saved, running, is_refused in (
+        (ours, ours, False), (ours, theirs, True), ('', theirs, False), (ours, '', False),
+    ):  # fmt: skip
+        backend.network, backend.arbiter.drift_factor = saved, 3.5
+        save_map(backend, tmp_path / 'home.map')
+        again = make_backend(front_end)
+        again.network = running
+        if is_refused:
+            with pytest.raises(DataError, match=r'home\.map was made with weights .* aaaa'):
+                load_map(again, tmp_path / 'home.map')
+            continue
+        load_map(again, tmp_path / 'home.map')
+        assert again.arbiter.drift_factor == 3.5
+    backend.network, backend.arbiter.drift_factor = '', 1.0
 
 
 def test_a_robot_that_wakes_elsewhere_in_a_saved_map_finds_its_place(mapped, tmp_path):

@@ -106,11 +106,25 @@ def test_forgotten_frames_are_not_found_and_folded_ones_move():
     assert index.search(vectors[25], 9, order(10))[0].similarity < 0.9
 
 
+def test_an_index_that_forgot_everything_or_never_knew_anything_begins_anew():
+    index = PlaceIndex(OPEN)
+    for count in (0, 1):  # of keyframes that are forgotten
+        for n in range(count):
+            index.add(0, n, np.eye(4)[n])
+        index.keep_frames(())
+        assert len(index) == 0 and index.search(np.eye(4)[0], 9, order(10)) == []
+    index.add(1, 7, np.eye(4)[2])
+    index.add(2, 8, np.eye(4)[3])
+    assert index.search(np.eye(4)[2], 9, order(10))[0].frame_id == 7
+
+
 def test_descriptors_of_another_network_are_refused():
     index = PlaceIndex()
     index.add(0, 0, np.ones(8) / np.sqrt(8))
     with pytest.raises(InputError, match=r'descriptor \[8\] as before, got \[9\]'):
         index.add(0, 1, np.ones(9) / 3)
+    with pytest.raises(InputError, match=r'descriptor \[8\] as before, got \[9\]'):
+        index.search(np.ones(9) / 3, 0, order(1))
     with pytest.raises(InputError, match='finite'):
         index.add(0, 1, np.full(8, np.nan))
 

@@ -58,6 +58,17 @@ def test_a_loop_takes_out_drift(seed):
     assert after < 0.1 * before
 
 
+def test_whether_the_map_is_metric_is_known_without_a_look_at_its_edges():
+    truth = ring(5)
+    graph = chain(truth, np.random.default_rng(0))
+    assert not graph.is_metric
+    graph.add_scale(2, 1.5)
+    graph.step()
+    graph.rebuild(graph.edges)
+    graph.edges = None  # it is asked with every frame
+    assert graph.is_metric
+
+
 def test_a_removed_loop_leaves_no_trace():
     truth = ring(30)
     graph = chain(truth, np.random.default_rng(2))

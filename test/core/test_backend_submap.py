@@ -85,6 +85,24 @@ def test_thinning_again_and_again_leaves_all_of_the_way_known():
     assert tenths.min() >= 5, tenths
 
 
+def test_thinning_leaves_the_newest_half_of_the_poses_whole_and_the_older_ones_spread():
+    atlas, rng = Atlas(SubmapConfig(max_poses=100)), np.random.default_rng(6)
+    added = np.zeros(0, int)
+    for key in range(40):
+        atlas.add(closed(key, rng, 5, range(10)), np.eye(4))
+        added = np.append(added, atlas.submaps[key].frame_ids)
+        atlas.thin()
+        frame_ids, _, poses = atlas.trajectory()
+        np.testing.assert_array_equal(frame_ids[-50:], added[-50:])
+        newest = atlas.trajectory(newest=13)
+        assert len(newest[0]) <= 13
+        np.testing.assert_array_equal(newest[0], frame_ids[-13:])
+        np.testing.assert_array_equal(newest[2], poses[-13:])
+    assert len(frame_ids) <= 100
+    thirds, _ = np.histogram(frame_ids[:-50], 3, (0, added[-50]))
+    assert thirds.min() >= 9, thirds
+
+
 def test_surplus_folds_the_shortest_neighbours_and_never_the_newest():
     rng = np.random.default_rng(3)
     atlas = Atlas(SubmapConfig(max_submaps=9))

@@ -112,6 +112,23 @@ def map_file(walk, tmp_path_factory):
     return path
 
 
+def test_a_map_of_another_network_or_image_size_is_one_clear_error(walk, map_file, tmp_path):
+    network = scripted(walk)
+    network.descriptor = lambda images: torch.ones(*images.shape[:2], 9) / 3
+    with pytest.raises(DataError, match='described by 256 numbers, this network gives 9'):
+        make_reconstructor(network, config(load=str(map_file)))
+    other, _ = run(walk, config(), frames=range(20))
+    for submap in other.backend.atlas.submaps.values():
+        larger = np.zeros((56, 70, 3), np.uint8)
+        submap.keyframes = [dataclasses.replace(k, image_rgb=larger) for k in submap.keyframes]
+    (tmp_path / 'larger.map').write_bytes(other.pack())
+    mapper = make_reconstructor(scripted(walk), config(load=str(tmp_path / 'larger.map')))
+    for frame in range(20):
+        with pytest.raises(InputError, match=r'with 64 x 48 pixels, those of .* with 70 x 56'):
+            mapper.feed(scripted_image(frame))
+    assert len(mapper.trajectory()[0]) == 0
+
+
 @pytest.mark.parametrize('in_background', [False, True])
 def test_a_robot_localises_in_a_map_that_stays_as_it_is(walk, map_file, in_background):
     options = config(load=str(map_file), localize_only=True)

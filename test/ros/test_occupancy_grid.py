@@ -1,5 +1,7 @@
 """The grid for navigation: as nav_msgs, for late listeners, the same from node and replay."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from node_harness import CAMERA_FRAME, SMALL, picture, stamp
@@ -21,6 +23,7 @@ from stream3r_ros.occupancy import map_grid, tan_half_width
 from stream3r_ros.outputs import TOPICS, Outputs
 from stream3r_ros.parameters import nest
 from stream3r_ros.qos import SENSOR_DATA
+from stream3r_ros.results import RunBag
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 NUM_IMAGES = 4
@@ -121,6 +124,22 @@ def test_a_replay_writes_the_grid_of_the_end_if_asked_to(tmp_path):
     expected = offline_grid(rosbags_messages(), NUM_IMAGES)
     assert MESSAGES.serialize(message) == MESSAGES.serialize(expected)
     assert '/stream3r/occupancy_grid' not in recorded(tmp_path / 'without')
+
+
+def test_a_replay_holds_few_poses_for_its_grid_and_these_from_the_whole_way(tmp_path, monkeypatch):
+    monkeypatch.setattr('stream3r_ros.results.MAX_GRID_POSES', 4)
+    config = from_dict(NodeConfig, nest({**SMALL, **GRID}))
+    reconstructor = Reconstructor(load_model(config.model.preset, 'random'), config)
+    bag, prediction = RunBag(tmp_path, config, reconstructor.map), None
+    with bag:
+        for index in range(9):
+            prediction = prediction or reconstructor.process(picture(index), stamp(index))
+            pose = prediction.T_world_camera.clone()
+            pose[0, 3] = index
+            bag.add(replace(prediction, stamp_ns=stamp(index), T_world_camera=pose), 'camera')
+            assert len(bag._poses) <= 4
+        kept = [int(pose[0, 3]) for pose in bag._poses]
+        assert kept == [0, 4, 8]
 
 
 @pytest.mark.ros

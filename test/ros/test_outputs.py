@@ -176,6 +176,25 @@ def test_the_path_keeps_the_latest_poses_with_their_own_stamps(messages):
     assert not outputs.path(0).poses
 
 
+def test_a_correction_costs_what_the_path_costs_and_keeps_stamps(messages, monkeypatch):
+    outputs, moved = Outputs(messages, max_path_poses=5), []
+    predictions = list(true_predictions())
+    for prediction in predictions:
+        outputs.add(prediction, 'camera')
+    place = outputs.poses_in_map
+    monkeypatch.setattr(outputs, 'poses_in_map', lambda T: moved.append(len(T)) or place(T))
+    older = 7 - np.arange(3000)[::-1]  # frames of a long run before
+    stamps = np.concatenate([older, [p.stamp_ns for p in predictions]])
+    poses = np.tile(np.eye(4), (len(stamps), 1, 1))
+    poses[:, 0, 3] = np.arange(len(stamps))
+    outputs.correct(stamps, poses)
+    assert moved == [5]
+    path = outputs.path(0).poses
+    assert [stamp_ns(pose) for pose in path] == [p.stamp_ns for p in predictions[-5:]]
+    for pose, T in zip(path, place(poses[-5:])):
+        assert position(pose) == pytest.approx(T[:3, 3].tolist())
+
+
 VOXEL = np.dtype(
     [(name, '<f4') for name in ('x', 'y', 'z', 'rgb', 'confidence', 'weight')]
     + [('low', '<u4'), ('high', '<u4')]
