@@ -247,6 +247,8 @@ class LiveReconstruction:
     def _sense(self, prediction: FramePrediction) -> Sensed:
         """What the back end is told of a frame of a session, beside its image."""
         config, frame = self._config, self._image_of(prediction).frame
+        if config.backend.localize_only:
+            return Sensed()  # the map has the unit that it has
         options, T_odom_camera, up = config.backend.sensors, None, None
         if options.scale and prediction.index == 0:
             self.scale_source.reset()  # the session has a unit of its own
@@ -263,8 +265,8 @@ class LiveReconstruction:
         return Sensed(T_odom_camera if options.odometry else None, ratio, up)
 
     def _find_scale(self, prediction: FramePrediction, frame: str, config: NodeConfig) -> None:
-        """Update metres per scene unit, unless the back end brings them into the map itself."""
-        if takes_metres(config):
+        """Update metres per scene unit, unless the map itself has them, or will."""
+        if takes_metres(config, self._is_map_metric):
             return
         before, ratio = self._scale.value, self.scale_source.ratio(prediction, frame, config)
         if ratio is not None:
@@ -375,11 +377,13 @@ class LiveReconstruction:
             )
         return calibrated
 
+    @property
+    def _is_map_metric(self) -> bool:
+        mapper = self._reconstructor
+        return isinstance(mapper, SubmapReconstructor) and mapper.is_metric
+
     def _metres_per_unit(self) -> float | None:
-        is_metric = isinstance(self._reconstructor, SubmapReconstructor) and (
-            self._reconstructor.is_metric
-        )
-        return 1.0 if is_metric else self._scale.value
+        return 1.0 if self._is_map_metric else self._scale.value
 
     def _figures(self) -> ReconstructionFigures:
         cache, cuda = self._reconstructor.session.cache, self._device.type == 'cuda'
@@ -406,9 +410,14 @@ class LiveReconstruction:
         )
 
 
-def takes_metres(config: NodeConfig) -> bool:
-    """Whether the back end brings the metres of other sensors into the map itself."""
+def takes_metres(config: NodeConfig, is_map_metric: bool) -> bool:
+    """Whether the back end brings the metres of other sensors into the map itself.
+
+    A map that is only looked in stays as it is: with metres, or scaled on its way out.
+    """
     options = config.backend.sensors
+    if config.backend.localize_only:
+        return is_map_metric
     has_odometry = bool(config.odom_frame) and options.odometry
     has_scale = config.scale.source != 'none' and options.scale
     return config.backend.kind != 'none' and (has_odometry or has_scale)

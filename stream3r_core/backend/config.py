@@ -7,7 +7,7 @@ from stream3r_core.options import option
 
 @dataclass(frozen=True)
 class KeyframeConfig:
-    """Which frames are remembered; very dense ones add drift and no information."""
+    """Which frames are remembered of those that the session has tracked; all give points."""
 
     max_overlap: float = option(
         0.85,
@@ -49,8 +49,12 @@ class SubmapConfig:
     )
     max_submap_points: int = option(100_000, 'points of one submap', minimum=1)
     max_keyframes: int = option(5000, 'keyframes of all submaps', minimum=2)
-    max_images: int = option(500, 'keyframes that keep their image', minimum=0)
-    max_poses: int = option(50_000, 'frame poses of all submaps; thinned evenly', minimum=2)
+    max_images: int = option(
+        500, 'keyframes that keep their image; others are no longer recognised', minimum=0
+    )
+    max_poses: int = option(
+        50_000, 'frame poses of all submaps; the older half is thinned evenly', minimum=2
+    )
 
 
 @dataclass(frozen=True)
@@ -194,7 +198,9 @@ class BackendConfig:
     )
     load: str = option('', 'saved map to go on in (.safetensors); empty = begin a new one')
     localize_only: bool = option(
-        False, 'tell where the camera is in the map of backend.load, which stays as it is'
+        False,
+        'tell where the camera is in the map of backend.load, which stays as it is; one without '
+        'metres is scaled by scale.source on its way out',
     )
     keyframes: KeyframeConfig = field(default_factory=KeyframeConfig)
     submaps: SubmapConfig = field(default_factory=SubmapConfig)

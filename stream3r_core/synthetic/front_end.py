@@ -5,6 +5,7 @@ in closed form. Each session (submap) has its own unit and drifts evenly along i
 carry noise and outliers. World axes: z up; cameras have OpenCV axes.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -175,6 +176,12 @@ class SimulatedFrontEnd:
         features = np.random.default_rng(7)  # the same for all walks, as one network would
         self._waves = features.standard_normal((4, 256)) / np.array([2.5, 2.5, 0.6, 0.6])[:, None]
         self._phase = features.uniform(0, 2 * np.pi, 256)
+
+    def restarted(self) -> 'SimulatedFrontEnd':
+        """Return the same front end from its start; exact depths are not cast again."""
+        again = copy.copy(self)
+        again._num_sessions, again._rng = 0, np.random.default_rng(self._seed + 1)
+        return again
 
     def __iter__(self) -> Iterator[tuple[int, FramePrediction]]:
         """Frame numbers and predictions; sessions begin with the last frames of those before."""

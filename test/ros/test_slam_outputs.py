@@ -11,16 +11,19 @@ from safetensors.numpy import load_file
 from scipy.spatial import cKDTree
 from scipy.spatial.transform import Rotation
 
+from stream3r_core.config import CoreConfig, from_dict
 from stream3r_core.evaluation.trajectory import ate
 from stream3r_core.evaluation.trajectory_files import read_trajectory
 from stream3r_core.mapping import load_ply
+from stream3r_core.slam import make_reconstructor
 from stream3r_core.synthetic.front_end import SimulatedFrontEnd, make_walk
 from stream3r_core.synthetic.scripted import SIZE_HW, ScriptedNetwork, scripted_image
 from stream3r_ros.bag import BagWriter
 from stream3r_ros.cli import main
-from stream3r_ros.conversions import stamp_ns
+from stream3r_ros.conversions import depth_from_message, stamp_ns
 from stream3r_ros.messages import rclpy_class
 from stream3r_ros.outputs import TOPICS
+from stream3r_ros.parameters import nest
 from stream3r_ros.qos import SENSOR_DATA
 
 START_NS, STEP_NS, FRAMES = 10**18, 10**8, 16
@@ -81,16 +84,19 @@ def matrix_of_pose(pose):
     return T
 
 
-def assert_grid_shows_walls_of(grid, points_xyz):
-    """Cells are occupied where the map of the end has points in the band of heights."""
+def shows_walls_of(grid, points_xyz):
+    """Whether cells are occupied where the map of the end has points in the band of heights."""
     corner = grid.info.origin.position
     heights = (points_xyz[:, 2] - corner.z) / 2.0
     band = points_xyz[(heights > 0.15) & (heights < 1.1), :2]
-    columns, rows = np.floor((band - [corner.x, corner.y]) / 0.5).astype(int).T
+    cells = np.floor((band - [corner.x, corner.y]) / 0.5).astype(int)
+    size = np.array([grid.info.width, grid.info.height])
+    columns, rows = cells[((cells >= 0) & (cells < size)).all(1)].T
     counts = np.zeros((grid.info.height, grid.info.width), int)
     np.add.at(counts, (rows, columns), 1)
     occupied = np.reshape(grid.data, counts.shape) == 100
-    assert occupied.sum() > 20 and ((counts >= 2) == occupied).mean() > 0.995
+    is_whole = len(rows) == len(cells)
+    return is_whole and occupied.sum() > 20 and ((counts >= 2) == occupied).mean() > 0.995
 
 
 def test_a_replay_writes_where_all_frames_lie_at_the_end(walk, tmp_path, monkeypatch):
@@ -122,7 +128,7 @@ def test_a_replay_writes_where_all_frames_lie_at_the_end(walk, tmp_path, monkeyp
     cloud = load_ply(out / 'map.ply')
     assert len(cloud) == summary['map_points'] == messages['/stream3r/map'][-1].width
     (grid,) = messages['/stream3r/occupancy_grid']
-    assert_grid_shows_walls_of(grid, cloud.points_xyz)
+    assert shows_walls_of(grid, cloud.points_xyz)
     again = replay(tmp_path / 'more', tmp_path / 'bag', *options,
                    '--set', f'backend.load={out}/map.safetensors')  # fmt: skip
     assert again['backend']['submaps'] > summary['backend']['submaps']
@@ -135,16 +141,12 @@ def test_a_replay_writes_where_all_frames_lie_at_the_end(walk, tmp_path, monkeyp
 def test_after_a_closed_loop_transform_path_and_map_agree(walk, spawn, node, spin_until, tmp_path):
     observer, node = node, NodeUnderTest(spawn, node, spin_until, tmp_path / 'node.log')
     parameters = {
-        **BACKEND, 'mapping.voxel_size': 0.2, 'status.period_s': 0.1,
+        **BACKEND, **GRID, 'outputs.occupancy_grid.period_s': 0.1, 'mapping.voxel_size': 0.2,
+        'status.period_s': 0.1,
         'save_map.directory': tmp_path / 'saved', 'outputs.path.max_rate_hz': 0.0,
         'outputs.map.period_s': 0.1, 'outputs.map_changes.period_s': 0.1,
     }  # fmt: skip
-    words = [word for name, value in parameters.items() for word in ('-p', f'{name}:={value}')]
-    with node.log_file.open('w') as log:
-        node.process = spawn('-c', SCRIPTED_NODE, 'node', '--ros-args', *words,
-                             stdout=log, stderr=log)  # fmt: skip
-    node.wait_until(lambda: node.figure('state') == 'active')
-    node.connect_camera()
+    start(spawn, node, parameters)
     count = 80  # the second round begins at 45
     for frame in range(count):
         node.finish(_live_image(node, frame))
@@ -177,6 +179,10 @@ def test_after_a_closed_loop_transform_path_and_map_agree(walk, spawn, node, spi
         return len(_followed(late)) == len(cloud)
 
     node.wait_until(is_settled)
+    node.wait_until(
+        lambda: shows_walls_of(node.received['~/occupancy_grid'][-1], cloud.points_xyz)
+    )
+    assert not shows_walls_of(node.received['~/occupancy_grid'][0], cloud.points_xyz)
     path, last = node.received['~/path'][-1], node.received['~/map'][-1]
     np.testing.assert_allclose(points_of(last), cloud.points_xyz, atol=1e-4)
     assert [stamp_ns(pose) for pose in path.poses] == stamps
@@ -197,6 +203,48 @@ def test_after_a_closed_loop_transform_path_and_map_agree(walk, spawn, node, spi
     for frame in range(count, count + 3):
         node.finish(_live_image(node, frame))
     node.wait_until(lambda: 0 < node.figure('map_points') == len(_followed(late)) < len(cloud))
+
+
+@pytest.mark.ros
+def test_a_map_without_metres_is_scaled_for_those_who_localise_in_it(
+    walk, spawn, node, spin_until, tmp_path
+):
+    settings = {**BACKEND, 'backend.submaps.max_frames': FRAMES}
+    front_end = SimulatedFrontEnd(walk, 0, session_frames=FRAMES, size_hw=SIZE_HW)
+    mapper = make_reconstructor(ScriptedNetwork(front_end), from_dict(CoreConfig, nest(settings)))
+    for frame in range(50):
+        mapper.feed(scripted_image(frame), START_NS + frame * STEP_NS)
+    (tmp_path / 'map.safetensors').write_bytes(mapper.pack())
+    depth = node.create_publisher(rclpy_class('sensor_msgs/msg/Image'), '/depth', 10)
+    node = NodeUnderTest(spawn, node, spin_until, tmp_path / 'node.log')
+    start(spawn, node, {
+        **settings, 'backend.load': tmp_path / 'map.safetensors', 'backend.localize_only': True,
+        'scale.source': 'depth', 'scale.min_ratios': 3, 'status.period_s': 0.1,
+    })  # fmt: skip
+    node.wait_until(depth.get_subscription_count)
+
+    def done():
+        return node.figure('images_processed') + node.figure('images_dropped')
+
+    wall_m = np.full(SIZE_HW, 7.0, np.float32)
+    for frame in range(20, 44):
+        stamp = START_NS + (100 + frame) * STEP_NS
+        depth.publish(node.messages.float_image(wall_m, stamp, CAMERA_FRAME))
+        picture = node.messages.rgb_image(scripted_image(frame), stamp, CAMERA_FRAME)
+        node.send(picture, done)  # refused until the place is found
+    node.wait_until(lambda: node.figure('scale') == 'metric')
+    said = depth_from_message(node.received['~/depth/image'][-1])
+    assert np.nanmedian(7.0 / said) == pytest.approx(1, rel=0.2)
+
+
+def start(spawn, node, parameters):
+    """Start the scripted node."""
+    words = [word for name, value in parameters.items() for word in ('-p', f'{name}:={value}')]
+    with node.log_file.open('w') as log:
+        node.process = spawn('-c', SCRIPTED_NODE, 'node', '--ros-args', *words,
+                             stdout=log, stderr=log)  # fmt: skip
+    node.wait_until(lambda: node.figure('state') == 'active')
+    node.connect_camera()
 
 
 def layers(map_file, published, second):
