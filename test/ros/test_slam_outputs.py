@@ -46,7 +46,7 @@ from stream3r_ros.cli import main
 from stream3r_core.synthetic.front_end import Disturbance, SimulatedFrontEnd, make_walk
 from stream3r_core.synthetic.scripted import SIZE_HW, ScriptedNetwork
 walk = make_walk('laps', 0, size_m=0.4)
-drift = Disturbance(scale=0.03, rotation_deg=1.0, translation=0.02, depth_noise=0.003, outliers=0)
+drift = Disturbance(scale=0.06, rotation_deg=2.0, translation=0.04, depth_noise=0.003, outliers=0)
 front_end = SimulatedFrontEnd(walk, 0, drift, session_frames={FRAMES}, size_hw=SIZE_HW)
 node.load_configured_model = lambda options: ScriptedNetwork(front_end)
 sys.exit(main(sys.argv[1:]))
