@@ -12,7 +12,7 @@ from stream3r_core.mapping import MapCloud, VoxelMap
 from stream3r_core.types import FramePrediction
 from stream3r_ros.conversions import camera_matrix, depth_from_message, stamp_ns
 from stream3r_ros.messages import rclpy_messages, rosbags_messages
-from stream3r_ros.outputs import FRAME_TOPICS, TOPICS, Outputs
+from stream3r_ros.outputs import FRAME_TOPICS, TOPICS, Outputs, WorldInMap
 
 HEIGHT, WIDTH, FOCAL = 48, 64, 40.0
 K = np.array([[FOCAL, 0, WIDTH / 2], [0, FOCAL, HEIGHT / 2], [0, 0, 1]])
@@ -181,8 +181,8 @@ def test_a_correction_costs_what_the_path_costs_and_keeps_stamps(messages, monke
     predictions = list(true_predictions())
     for prediction in predictions:
         outputs.add(prediction, 'camera')
-    place = outputs.poses_in_map
-    monkeypatch.setattr(outputs, 'poses_in_map', lambda T: moved.append(len(T)) or place(T))
+    place = outputs.world.poses
+    monkeypatch.setattr(WorldInMap, 'poses', lambda _, T: moved.append(len(T)) or place(T))
     older = 7 - np.arange(3000)[::-1]  # frames of a long run before
     stamps = np.concatenate([older, [p.stamp_ns for p in predictions]])
     poses = np.tile(np.eye(4), (len(stamps), 1, 1))
