@@ -2,7 +2,8 @@
 # The figures of RESULTS.md on a quiet machine, in about 15 minutes on two cores:
 #   benchmarks/quiet.sh [FOLDER]        (default: benchmarks/results)
 # Needs an environment with the package and ROS 2; one failed step does not stop the others.
-# Not in it, for time is not what they measure: equal_bytes.py, carving.py, soak.py, backend_*.py.
+# Not in it, for time is not what they measure: equal_bytes.py, carving.py, soak.py, backend_*.py
+# but for backend_updates.py.
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=${1:-benchmarks/results}
@@ -38,4 +39,5 @@ step long_walk env OMP_NUM_THREADS=1 $python benchmarks/long_walk.py --frames 50
   --output "$out/long_walk.json"
 step precision env OMP_NUM_THREADS=1 $python benchmarks/precision.py --seeds 4 --frames 50 \
   --output "$out/precision.json"
+step backend_updates env OMP_NUM_THREADS=2 $python benchmarks/backend_updates.py --seeds 3 --loops 1
 exit $failed

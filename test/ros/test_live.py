@@ -232,8 +232,10 @@ def test_a_stamp_is_taken_once_also_before_the_camera_is_found(reconstruct, mode
     with pytest.raises(InputError, match='the stamp of the one before'):
         live.process(image(0), config)
     with pytest.raises(NotLocalizedError):
-        live.process(image(1, size=(WIDTH, HEIGHT)), config)
+        live.process(image(1, size=(2 * HEIGHT, 2 * WIDTH)), config)  # the network sees the same
     assert live.figures.restarts == {'image_size': 1}
+    with pytest.raises(InputError, match='cannot be seen together'):
+        live.process(image(2, size=(WIDTH, HEIGHT)), config)
 
 
 def test_each_frame_of_a_chunk_keeps_the_frame_and_the_lens_of_its_image(
