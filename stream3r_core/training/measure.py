@@ -19,12 +19,18 @@ from stream3r_core.training.validation import angle_deg, validate
 HELD_OUT_SEED = (1 << 40) + 1_000_000
 
 
-def measure_clips(model: CausalVGGT, scenes: int, frames: int, size_hw: tuple[int, int]) -> dict:
+def measure_clips(
+    model: CausalVGGT,
+    scenes: int,
+    frames: int,
+    size_hw: tuple[int, int],
+    fov_deg: tuple[float, float],
+) -> dict:
     """Return the means of :func:`validate` over held-out clips of hand-held motion, 10 Hz."""
     config = TrainingConfig(
         validation_scenes=scenes,
         validation_frames=frames,
-        stages=(StageConfig(size_hw=size_hw),),
+        stages=(StageConfig(size_hw=size_hw, fov_deg=fov_deg),),
     )
     return validate(model, DataMixture(config).held_out(0), 'causal')
 
@@ -69,6 +75,9 @@ def main() -> None:
     parser.add_argument('--scenes', type=int, default=24)
     parser.add_argument('--frames', type=int, default=30)
     parser.add_argument(
+        '--fov-deg', nargs=2, type=float, default=(58.0, 72.0), help='horizontal, from and to'
+    )
+    parser.add_argument(
         '--stream', type=int, default=0, help='length of the long stream; 0 = none'
     )
     parser.add_argument(
@@ -81,7 +90,10 @@ def main() -> None:
     result = {
         'weights_sha256': model.weights_info.sha256,
         'size_hw': size_hw,
-        'clips': measure_clips(model, options.scenes, options.frames, size_hw),
+        'fov_deg': tuple(options.fov_deg),
+        'clips': measure_clips(
+            model, options.scenes, options.frames, size_hw, tuple(options.fov_deg)
+        ),
     }
     if options.stream:
         sequence = render_sequence(HELD_OUT_SEED, options.stream, *size_hw)
