@@ -230,7 +230,6 @@ def test_held_out_rooms_and_textures_are_never_trained_on():
     held_out = torch.cat([b.images for b in data.held_out(0)])
     assert held_out.shape[:2] == (2, 3)
     assert all(data.held_out(0)[i] is data.held_out(0)[i] for i in range(len(data.held_out(0))))
-    assert step_seed(123456, 10**9, 63) < 1 << 40
 
 
 def test_written_scenes_are_read_back_with_their_geometry(tmp_path):
