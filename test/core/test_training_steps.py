@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -32,6 +33,7 @@ from stream3r_core.training.validation import validate
 @pytest.fixture(autouse=True)
 def _own_accelerator_state():
     """Accelerate keeps the precision of the first Accelerator of a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -285,6 +287,7 @@ def test_a_mixture_shows_all_scenes_of_a_folder(tmp_path, monkeypatch):
         for part, suffix in (('rgb', 'png'), ('depth', 'npy'), ('cam', 'npz')):
             (tmp_path / f's{i:02}' / part).mkdir(parents=True)
             (tmp_path / f's{i:02}' / part / f'0.{suffix}').touch()
+        np.savez(tmp_path / f's{i:02}' / 'cam' / '0.npz', intrinsics=np.eye(3), pose=np.eye(4))
     config = recipe(folders=(FolderConfig(path=str(tmp_path)),), seed=4)
     data, seen = DataMixture(config), []
     loaded = still_rooms(frames=2)
