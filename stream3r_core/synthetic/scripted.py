@@ -38,6 +38,7 @@ class ScriptedNetwork(nn.Module):
         self.weights_info = WeightsInfo('scripted', '', '', 0, 0)
         self.uncertainties: dict = {}  # none was fitted
         self.device = torch.device('cpu')
+        self.dtype = torch.float32
         self.fails = False
         # each with random numbers of its own: which thread asks first changes no answer
         self._front_end, self._pairs, self._places = (copy.deepcopy(front_end) for _ in range(3))
