@@ -170,13 +170,11 @@ class Stream3rNode(LifecycleNode):
                 'clean up again later'
             )
         self._close_live()
-        self._earlier_drops = self._drops()
-        self._inference = self._live = None
+        self._let_go()
         self._results.reset()
         gc.collect()  # network and back end know each other
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
-        self._state = 'unconfigured'
         return super().on_cleanup(state)
 
     @told
@@ -191,10 +189,14 @@ class Stream3rNode(LifecycleNode):
         """Let go of everything after an unexpected error: the node is unconfigured."""
         if self._inference is not None and self._inference.stop(0) and self._live is not None:
             self._close_live()
+        self._let_go()
+        return super().on_error(state)
+
+    def _let_go(self) -> None:
+        """Forget the reconstruction and its thread, not what they have dropped."""
         self._earlier_drops = self._drops()
         self._inference = self._live = None
         self._state = 'unconfigured'
-        return super().on_error(state)
 
     def start(self) -> bool:
         """Configure and activate; return whether the node is active."""

@@ -12,11 +12,11 @@ from stream3r_core.geometry import invert_se3
 from stream3r_core.model.network import CausalVGGT
 from stream3r_core.session import StreamSession
 from stream3r_core.synthetic import SyntheticSequence, render_sequence
-from stream3r_core.training.data import DataMixture
+from stream3r_core.training.data import HELD_OUT_SEED, DataMixture
 from stream3r_core.training.settings import StageConfig, TrainingConfig
 from stream3r_core.training.validation import angle_deg, validate
 
-HELD_OUT_SEED = (1 << 40) + 1_000_000
+STREAM_SEED = HELD_OUT_SEED + 1_000_000
 
 
 def measure_clips(
@@ -96,7 +96,7 @@ def main() -> None:
         ),
     }
     if options.stream:
-        sequence = render_sequence(HELD_OUT_SEED, options.stream, *size_hw)
+        sequence = render_sequence(STREAM_SEED, options.stream, *size_hw)
         result['stream'] = {m: measure_stream(model, sequence, m) for m in options.modes}
     print(json.dumps(result, indent=1))
 
