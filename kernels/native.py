@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from stream3r_core.kernels.processor import has_bfloat16
 from stream3r_core.kernels.quantized import Quantized
 from stream3r_core.kernels.reference import LOG2_E, Attention
 
@@ -57,8 +58,6 @@ def unavailable() -> str | None:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    # PyTorch 2.5 has only the second of the two questions.
-    has_bfloat16 = getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)
     if not (has_bfloat16() and torch.cpu._is_vnni_supported()):
         raise _UnavailableError('needs a processor with avx512_bf16 and avx512_vnni')
     path = _folder() / f'attention-{_fingerprint()}.so'

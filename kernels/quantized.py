@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stream3r_core.kernels.blocked import BlockSoftmax, bias_rows, block_size, front, scaled
+from stream3r_core.kernels.processor import has_bfloat16
 from stream3r_core.kernels.reference import Attention
 
 LARGEST = {8: 127, 4: 7}  # symmetric: zero is exact, and -x is as exact as x
@@ -73,7 +74,8 @@ def attention(
     """Return softmax(q k^T / sqrt(D) + bias) v, block by block of keys.
 
     On processors with dot products of bytes the logits come from codes of queries (8 bits, one
-    scale per head) and keys. Weights and values are multiplied in bfloat16, sums are float32.
+    scale per head) and keys. Weights and values are multiplied in bfloat16 where the processor
+    does so, sums are float32.
     """
     B, H, M, D = q.shape
     (k_codes, k_scale), (v_codes, v_scale) = ([x.flatten(0, 1) for x in part] for part in (k, v))
@@ -81,13 +83,15 @@ def attention(
     block = block_size(B * H * M, num_keys)
     kind = _ByteLogits if torch.cpu._is_vnni_supported() else _FloatLogits
     logits_of = kind(scaled(q), block)
-    state = BlockSoftmax((B * H, M, D), block, torch.bfloat16)
+    narrow = torch.bfloat16 if has_bfloat16() else torch.float32
+    state = BlockSoftmax((B * H, M, D), block, narrow)
     for start in range(0, num_keys, block):
         keys = slice(start, start + block)
         logits = logits_of(unpack(k_codes[:, keys]), k_scale[:, keys])
         if rows is not None:
             logits += rows[:, :, keys]
-        state.add(logits, unpack(v_codes[:, keys]).bfloat16().mul_(v_scale[:, keys].bfloat16()))
+        values = unpack(v_codes[:, keys]).to(narrow).mul_(v_scale[:, keys].to(narrow))
+        state.add(logits, values)
     return Attention(state.result().to(q.dtype).unflatten(0, (B, H)), None, None)
 
 

@@ -63,7 +63,8 @@ def load_model(
     ``weights``: Hugging Face id (with ``revision``), folder, or file (.safetensors, .pt, .pth);
     None for those shipped with the preset; ``'random'`` for an untrained network, always the same.
     ``dtype``: precision of the matrix products of the aggregator (:meth:`CausalVGGT.set_dtype`);
-    None: float32 on a CPU, bfloat16 on a GPU, float16 on one too old for that.
+    None: float32 on a CPU, bfloat16 on a GPU, float16 on one too old for that. (The configuration
+    goes further: see :func:`stream3r_core.pipeline.resolve_dtype`.)
     ``.uncertainties`` has what is known of its errors, by session mode (:mod:`.uncertainty`).
     Raises :class:`CheckpointError` if weights are missing or do not fit, :class:`ConfigError` for
     an unknown preset.
@@ -85,7 +86,7 @@ def load_model(
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """Return the precision that serves a device best."""
+    """Return the precision that serves a device; on a CPU the exact one."""
     if device.type != 'cuda':
         return torch.float32
     has_bfloat16 = torch.cuda.get_device_capability(device)[0] >= 8

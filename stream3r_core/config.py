@@ -157,7 +157,15 @@ class WeightsConfig:
     revision: str = option('', 'revision on the Hugging Face hub; empty = main')
     device: str = option('auto', "torch device: 'auto', 'cpu', 'cuda', 'cuda:1'")
     dtype: str = option(
-        'auto', 'precision of the transformer', choices=('auto', 'float32', 'bfloat16', 'float16')
+        'auto',
+        'precision of the transformer; auto: bfloat16 on GPUs and on processors that multiply it '
+        '(float16 on GPUs before Ampere), else float32',
+        choices=('auto', 'float32', 'bfloat16', 'float16'),
+    )
+    compile: bool = option(
+        False,
+        'compile the parts whose shapes never change: takes a minute at the first image; '
+        'what cannot be compiled runs as it is',
     )
     max_gpu_memory: float = option(
         0.0,

@@ -6,11 +6,13 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from stream3r_core.checkpoints import load_model
+from stream3r_core.checkpoints import default_dtype, load_model
+from stream3r_core.compilation import compile_network
 from stream3r_core.config import CoreConfig, MappingConfig, WeightsConfig
 from stream3r_core.errors import ConfigError, InputError, first_line
 from stream3r_core.geometry import transform_points
 from stream3r_core.image import prepare_photos
+from stream3r_core.kernels.processor import has_bfloat16
 from stream3r_core.mapping import VoxelMap
 from stream3r_core.session import StreamSession, to_prediction
 from stream3r_core.types import FramePrediction
@@ -158,18 +160,19 @@ def load_configured_model(config: WeightsConfig):
     if config.max_gpu_memory:
         limit_gpu_memory(config.max_gpu_memory, device)
     try:
-        return load_model(
+        model = load_model(
             config.preset,
             weights=config.weights or None,
             revision=config.revision or None,
             device=device,
-            dtype=None if config.dtype == 'auto' else getattr(torch, config.dtype),
+            dtype=resolve_dtype(config.dtype, device),
         )
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             f'{config.preset} does not fit into the memory of {device}: free some, raise '
             f'model.max_gpu_memory, or use a smaller model.dtype ({first_line(error)})'
         ) from error
+    return compile_network(model) if config.compile else model
 
 
 def free_gpu_memory(device: torch.device) -> None:
@@ -184,6 +187,15 @@ def limit_gpu_memory(fraction: float, device: torch.device) -> None:
         torch.cuda.set_per_process_memory_fraction(fraction, device.index)
     else:
         _log.warning('model.max_gpu_memory has no effect: the network runs on %s', device)
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the precision for ``name``; ``'auto'`` takes what the device multiplies fastest."""
+    if name != 'auto':
+        return getattr(torch, name)
+    if device.type == 'cpu' and has_bfloat16():
+        return torch.bfloat16
+    return default_dtype(device)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -78,6 +78,7 @@ class CausalVGGT(nn.Module):
         query_points: Tensor | None = None,
         outputs: Collection[str] = OUTPUTS,
         global_attention: Callable[[int], AttentionFn] | None = None,
+        dense_frames: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Process all frames of ``images`` [B, S, 3, H, W] or [S, 3, H, W] in one pass.
 
@@ -87,6 +88,7 @@ class CausalVGGT(nn.Module):
         and ``track_conf`` [B, S, Q] in 0..1. ``pose_enc_list`` holds the answer of every iteration
         of the camera head, for training. Left out of ``outputs``: dense maps not wanted.
         ``global_attention(layer)`` takes the place of the rule of ``mode`` in the global blocks.
+        ``dense_frames`` (indices): the dense maps are made for these frames only.
         """
         images = self._checked(images)
         queries = self._checked_queries(query_points, len(images))
@@ -100,6 +102,7 @@ class CausalVGGT(nn.Module):
             lambda layer: partial(attention.attend, bias=bias),
             starts_sequence=True,
             outputs=outputs,
+            dense_frames=dense_frames,
         )
         result['pose_enc_list'] = poses
         if queries is not None:
@@ -146,6 +149,7 @@ class CausalVGGT(nn.Module):
         starts_sequence: bool,
         outputs: Collection[str],
         on_update: Callable[[int, Tensor], None] | None = None,
+        dense_frames: Tensor | None = None,
     ) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
         """Return the tapped token maps, the poses of every iteration, and the results."""
         if unknown := set(outputs) - set(OUTPUTS):
@@ -155,12 +159,13 @@ class CausalVGGT(nn.Module):
         with full_precision(images.device):
             poses = self.camera_head(camera_tokens.float(), camera_attention)
             result = {'pose_enc': poses[-1]}
+        shown = taps if dense_frames is None else [tap[:, dense_frames] for tap in taps]
         with nullcontext() if self.autocast_heads else full_precision(images.device):
             if 'depth' in outputs:
-                depth, result['depth_conf'] = self.depth_head(taps, height, width)
+                depth, result['depth_conf'] = self.depth_head(shown, height, width)
                 result['depth'] = depth.exp()
             if 'points' in outputs:
-                points, result['world_points_conf'] = self.point_head(taps, height, width)
+                points, result['world_points_conf'] = self.point_head(shown, height, width)
                 result['world_points'] = inverse_log(points)
         return taps, poses, result
 

@@ -40,6 +40,13 @@ class Targets:
     camera_position: Tensor  # [B, S, 3]
     pose_enc: Tensor  # [B, S, 9]
 
+    def dense_at(self, frames: Tensor | None) -> 'Targets':
+        """Return the targets with what belongs to pixels of these frames only; None: of all."""
+        if frames is None:
+            return self
+        pixels = ('valid', 'depth', 'world_points', 'camera_position')
+        return dataclasses.replace(self, **{n: getattr(self, n)[:, frames] for n in pixels})
+
 
 def make_targets(batch: Batch) -> Targets:
     """Express ``batch`` the way the network answers.

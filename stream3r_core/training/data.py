@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from stream3r_core.errors import ConfigError
 from stream3r_core.synthetic import ClipConfig, sample_clips
@@ -78,11 +79,12 @@ def step_seed(seed: int, draw: int, process: int = 0, purpose: str = 'content') 
 
 @dataclass(frozen=True)
 class Visibility:
-    """What frames see of each other in one step."""
+    """What frames see of each other in one step, and what is seen of them."""
 
     mode: str = 'causal'  # or 'window', 'full'
     window: int = 1
     keep: float = 1.0  # share of the tokens of past frames, mode causal only
+    dense_share: float = 1.0  # share of the frames whose dense maps are made and judged
     seed: int = 0  # of what else is drawn in the step, such as which tokens
 
     @classmethod
@@ -91,7 +93,20 @@ class Visibility:
         mixed = step_seed(seed, draw, purpose='visibility')
         rng = random.Random(mixed)
         window, keep = rng.choice(stage.windows), rng.choice(stage.keep)
-        return dataclasses.replace(cls.of(window), keep=1.0 if window else keep, seed=mixed)
+        return dataclasses.replace(
+            cls.of(window),
+            keep=1.0 if window else keep,
+            dense_share=stage.dense_share,
+            seed=mixed,
+        )
+
+    def dense_frames(self, frames: int) -> Tensor | None:
+        """Return which of the frames of a clip have dense maps, in order; None: all."""
+        count = max(2, round(self.dense_share * frames))
+        if count >= frames:
+            return None
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.randperm(frames, generator=generator)[:count].sort().values
 
     @classmethod
     def of(cls, window: int) -> 'Visibility':

@@ -32,7 +32,7 @@ def measure_clips(
         validation_frames=frames,
         stages=(StageConfig(size_hw=size_hw, fov_deg=fov_deg),),
     )
-    return validate(model, DataMixture(config).held_out(0), 'causal')
+    return validate(model, DataMixture(config).held_out(0), 'causal', bf16=False)
 
 
 def measure_stream(

@@ -1,7 +1,6 @@
 """What is minimised: each objective maps (network, batch, visibility) to named, weighted terms."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from stream3r_core.training.data import Visibility
 from stream3r_core.training.dense_loss import dense_loss
 from stream3r_core.training.distillation import distillation_loss
 from stream3r_core.training.matching import RecordingAttention, matching_loss
+from stream3r_core.training.precision import precision_of
 from stream3r_core.training.published_loss import points_loss, published_loss
 from stream3r_core.training.settings import TrainingConfig
 
@@ -44,21 +44,31 @@ class DenseObjective:
         self.config = config
         sizes = config.model or model_config(config.preset)
         self.patch_size, self.num_special = sizes.patch_size, sizes.num_special_tokens
-        if wrong := [layer for layer in config.match_layers if not 0 <= layer < sizes.depth]:
-            raise ConfigError(
-                f'match_layers {wrong}: the global blocks are 0 to {sizes.depth - 1}'
-            )
+        for taught in config.taught:
+            if taught.layer >= sizes.depth or taught.head >= sizes.num_heads:
+                raise ConfigError(
+                    f'{taught}: the network has global blocks 0 to {sizes.depth - 1} with heads '
+                    f'0 to {sizes.num_heads - 1}'
+                )
 
     def __call__(self, model: nn.Module, batch: Batch, sight: Visibility) -> dict[str, Tensor]:
         """Return the terms."""
-        attention = RecordingAttention(self._rules(batch, sight), self.config.match_layers)
+        attention = RecordingAttention(self._rules(batch, sight), self.config.taught)
+        shown = sight.dense_frames(batch.images.shape[1])
         answer = model(
-            batch.images, mode=sight.mode, window=sight.window, global_attention=attention
+            batch.images,
+            mode=sight.mode,
+            window=sight.window,
+            global_attention=attention,
+            dense_frames=shown,
         )
-        terms = dense_loss(answer, make_targets(batch), self.config.dense)
+        terms = dense_loss(answer, make_targets(batch).dense_at(shown), self.config.dense)
         if attention.seen:
-            loss = matching_loss(attention.seen, batch, self.patch_size, self.num_special)
-            terms['matching'] = self.config.match_weight * loss
+            entropy, distance = matching_loss(
+                attention.seen, batch, self.patch_size, self.num_special
+            )
+            terms['matching'] = self.config.match_weight * entropy
+            terms['match_position'] = self.config.match_position_weight * distance
         return terms
 
     def _rules(self, batch: Batch, sight: Visibility) -> Callable[[int], AttentionFn]:
@@ -86,11 +96,6 @@ def _distillation(config: TrainingConfig, device: torch.device) -> Objective:
         return distillation_loss(answer, wanted, batch.valid)
 
     return objective
-
-
-def precision_of(config: TrainingConfig, device: torch.device) -> AbstractContextManager:
-    """Return the autocast that the recipe asks for; to be put round networks, never losses."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == 'bf16')
 
 
 def query_pixels(valid: Tensor, seed: int, count: int = _NUM_QUERIES) -> Tensor:

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from stream3r_core.errors import MissingDependencyError
+from stream3r_core.training.muon import Muon
 from stream3r_core.training.settings import OptimizerConfig
 
 _POSE = 'camera_head.pose_branch.'
@@ -33,25 +33,14 @@ def make_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.opt
                 groups.append({'params': some, 'weight_decay': decay, 'factor': factor})
     optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95))] if groups else []
     if config.name == 'muon' and matrices:
-        optimizers.append(_muon(matrices, config))
+        group = {'params': matrices, 'factor': 1.0}
+        optimizers.append(Muon([group], lr=config.lr, weight_decay=config.weight_decay))
     return optimizers
 
 
 def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
     """Tell the matrices of the transformer from everything else."""
     return parameter.ndim == 2 and '_blocks.' in name
-
-
-def _muon(matrices: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Muon (Jordan 2024) with steps as large as those of AdamW."""
-    if not hasattr(torch.optim, 'Muon'):
-        raise MissingDependencyError(
-            f'optimizer muon needs torch >= 2.9, this is {torch.__version__}; use adamw'
-        )
-    group = {'params': matrices, 'factor': 1.0}
-    return torch.optim.Muon(
-        [group], lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn='match_rms_adamw'
-    )
 
 
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], lr: float) -> None:

@@ -5,6 +5,9 @@ import importlib.util
 from datetime import timedelta
 from pathlib import Path
 
+import torch
+
+from stream3r_core.training.precision import mixed_precision
 from stream3r_core.training.settings import TrainingConfig, load_recipe
 
 _PATIENCE = timedelta(hours=2)
@@ -23,8 +26,10 @@ def main(
 
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
+    has_gpu = device != 'cpu' and torch.cuda.is_available()
+    likely = torch.device('cuda' if has_gpu else 'cpu')  # Accelerate wants to know before it says
     accelerator = Accelerator(
-        mixed_precision=config.precision,
+        mixed_precision=mixed_precision(config, likely),
         cpu=device == 'cpu',
         log_with=_trackers(),
         project_dir=folder,

@@ -56,6 +56,13 @@ class StageConfig:
         'attention windows; 0 = causal, -1 = all frames; one is drawn per step, the first is '
         'validated',
     )
+    dense_share: float = option(
+        1.0,
+        'share of the frames of a clip, at least two, whose depth and points are made and judged; '
+        'neighbours teach much the same, and two dense heads cost more than all else of tiny',
+        minimum=0.0,
+        maximum=1.0,
+    )
     keep: tuple[float, ...] = option(
         (1.0,), 'share of the tokens of past frames that stay visible; one is drawn per step'
     )
@@ -129,6 +136,20 @@ class FolderConfig:
 
 
 @dataclass(frozen=True)
+class TaughtHead:
+    """One attention head of a global block that is shown where its patches were seen before."""
+
+    layer: int = option(1, 'global block', minimum=0)
+    head: int = option(0, 'head of it', minimum=0)
+    frames: str = option(
+        'each',
+        'each: earlier frames, one by one, whatever it attends to them; '
+        'anchor: the first frame, and nothing else; earlier: all earlier frames alike',
+        choices=('each', 'anchor', 'earlier'),
+    )
+
+
+@dataclass(frozen=True)
 class TrainingConfig:
     """Everything a run needs; written into its checkpoints."""
 
@@ -142,9 +163,16 @@ class TrainingConfig:
     teacher: str = option('', 'weights of the teacher of the distillation')
     freeze: tuple[str, ...] = option((), 'prefixes of parameters that keep their values')
     seed: int = option(0, 'seed of everything')
-    precision: str = option('bf16', 'autocast precision', choices=('no', 'bf16'))
-    match_layers: tuple[int, ...] = option((), 'global blocks whose first head is taught to match')
-    match_weight: float = option(0.2, 'weight of that teaching', minimum=0.0)
+    precision: str = option(
+        'auto',
+        'autocast; auto: bfloat16, but on processors that do not multiply it',
+        choices=('auto', 'no', 'bf16'),
+    )
+    taught: tuple[TaughtHead, ...] = ()  # attention heads that are taught to match, loss dense
+    match_weight: float = option(0.2, 'weight of that teaching: cross-entropy', minimum=0.0)
+    match_position_weight: float = option(
+        0.0, 'likewise: distance of where a head looks from the match, in patches', minimum=0.0
+    )
     fit_pose_step: int = option(0, 'when to fit the last layer of the camera head', minimum=0)
     fit_pose_batches: int = option(0, 'batches to fit it to; 0 = never', minimum=0)
     checkpoint_blocks: bool = option(
@@ -166,14 +194,12 @@ class TrainingConfig:
     def __post_init__(self):
         require('stages', len(self.stages) > 0, self.stages, 'at least one')
         dense = self.loss == 'dense'
-        require(
-            'match_layers',
-            dense or not self.match_layers,
-            self.match_layers,
-            'none, or loss dense',
-        )
-        keep = [share for stage in self.stages for share in stage.keep]
-        require('keep', dense or min(keep) == 1, keep, '1.0, or loss dense')
+        require('taught', dense or not self.taught, self.taught, 'none, or loss dense')
+        for name, shares in (
+            ('keep', [share for stage in self.stages for share in stage.keep]),
+            ('dense_share', [stage.dense_share for stage in self.stages]),
+        ):
+            require(name, dense or min(shares) == 1, shares, '1.0, or loss dense')
         if self.init == 'shipped' and self.model is not None:
             raise ConfigError("init 'shipped' is for a preset; leave out the sizes under model")
 

@@ -33,6 +33,7 @@ from stream3r_core.training.optimizers import (
     make_optimizers,
     set_learning_rate,
 )
+from stream3r_core.training.precision import mixed_precision
 from stream3r_core.training.settings import TrainingConfig
 from stream3r_core.training.validation import validate
 
@@ -123,7 +124,8 @@ class Trainer:
     def validate(self) -> dict[str, float]:
         """Measure the averaged weights on the held-out sequences, seen as in training."""
         sight = Visibility.of(self.config.stage_at(self.step).windows[0])
-        batches, bf16 = self.data.held_out(self.step), self.config.precision == 'bf16'
+        batches = self.data.held_out(self.step)
+        bf16 = mixed_precision(self.config, self.accelerator.device) == 'bf16'
         return validate(self.averaged, batches, sight.mode, sight.window, bf16)
 
     def save(self) -> None:

@@ -18,6 +18,7 @@ from stream3r_core.pipeline import (
     load_configured_model,
     reconstruct_photos,
     resolve_device,
+    resolve_dtype,
 )
 
 KEEP_ALL = MappingConfig(min_confidence=1.0, confidence_quantile=0.0, edge_ratio=0.0)
@@ -151,3 +152,12 @@ def test_a_gpu_beyond_those_there_are_is_refused_with_their_number(monkeypatch):
     assert resolve_device('cuda:1').index == 1 and resolve_device('cuda').type == 'cuda'
     with pytest.raises(ConfigError, match="there are 2 CUDA devices; the last one is 'cuda:1'"):
         resolve_device('cuda:9')
+
+
+@pytest.mark.parametrize('has, dtype', [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_takes_bfloat16_where_the_processor_multiplies_it(monkeypatch, has, dtype):
+    monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: has)
+    assert resolve_dtype('auto', torch.device('cpu')) == dtype
+    assert load_configured_model(WeightsConfig(weights='random')).dtype == dtype
+    exact = load_configured_model(WeightsConfig(weights='random', dtype='float32'))
+    assert exact.dtype == torch.float32

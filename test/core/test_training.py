@@ -33,6 +33,7 @@ from stream3r_core.training.settings import (
     FolderConfig,
     OptimizerConfig,
     StageConfig,
+    TaughtHead,
     TrainingConfig,
     load_recipe,
 )
@@ -75,7 +76,8 @@ def recipe(steps=6, **changes):
         validation_scenes=2,
         validation_frames=3,
         stages=(stage,),
-        match_layers=(1,) if dense else (),
+        taught=(TaughtHead(layer=1), TaughtHead(2, 1, 'anchor')) if dense else (),
+        match_position_weight=0.1,
         loss=changes.get('loss', 'dense'),
         optimizer=OptimizerConfig(lr=4e-3, warmup_steps=2, ema_decay=0.9),
     )
@@ -382,14 +384,15 @@ def test_wrong_recipes_say_what_is_wrong(tmp_path):
         with pytest.raises(ConfigError, match=f'{name}: expected'):
             StageConfig(**{name: value})
     for changes in (
-        {'loss': 'points', 'match_layers': (1,)},
+        {'loss': 'points', 'taught': (TaughtHead(),)},
         {'stages': ()},
         {'init': 'shipped'},
     ):
         with pytest.raises(ConfigError, match=r'expected|init'):
             recipe(**changes)
-    with pytest.raises(ConfigError, match='global blocks are 0 to 3'):
-        main(recipe(match_layers=(99,)), tmp_path / 'm', device='cpu')
+    for wrong in (TaughtHead(layer=4), TaughtHead(head=2)):
+        with pytest.raises(ConfigError, match='global blocks 0 to 3 with heads 0 to 1'):
+            main(recipe(taught=(wrong,)), tmp_path / 'm', device='cpu')
     (tmp_path / 'torn.yaml').write_text('a: [')
     with pytest.raises(ConfigError, match='no YAML'):
         load_recipe(tmp_path / 'torn.yaml')

@@ -29,14 +29,17 @@ def test_a_row_comes_back_within_half_a_step(bits):
     assert not quantized.dequantize(kept)[0, 0, 0].any()
 
 
+@pytest.mark.parametrize('with_bfloat16', [True, False])
 @pytest.mark.parametrize('with_bytes', [True, False])
 @by_case
 def test_attention_on_a_cpu_equals_the_reference_over_what_the_codes_say(
-    case, with_bytes, monkeypatch
+    case, with_bytes, with_bfloat16, monkeypatch
 ):
     monkeypatch.setattr(torch.cpu, '_is_vnni_supported', lambda: with_bytes)
+    monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: with_bfloat16)
     monkeypatch.setattr(blocked, 'BLOCK_BYTES', 1)  # the smallest blocks
-    assert error(quantized.attention, case) <= (4e-2 if with_bytes else GATES['bfloat16'])
+    gate = 4e-2 if with_bytes else GATES['bfloat16'] if with_bfloat16 else GATES[case[0].dtype]
+    assert error(quantized.attention, case) <= gate
 
 
 @pytest.fixture(scope='module')
