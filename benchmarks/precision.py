@@ -1,4 +1,4 @@
-"""What the precision of products and of keys and values costs in accuracy, and what it saves.
+"""What the precision of products, weights, keys and values costs in accuracy, and what it saves.
 
 Run:  python benchmarks/precision.py --output precision.json
 
@@ -18,16 +18,23 @@ from stream3r_core.config import ImageConfig
 from stream3r_core.evaluation.conditions import conditions
 from stream3r_core.evaluation.depth import DepthAccumulator
 from stream3r_core.evaluation.trajectory import Trajectory, ate
+from stream3r_core.model.int8 import parameter_bytes, with_int8_weights
 from stream3r_core.session import StreamSession
 from stream3r_core.synthetic import render_sequence
 
-VARIANTS = {
-    f'{dtype}, keys and values {kv}': (getattr(torch, dtype), kv)
-    for dtype, kv in (
-        ('float32', 'model'), ('float32', 'int8'), ('float32', 'int4'),
-        ('bfloat16', 'model'), ('bfloat16', 'int8'), ('bfloat16', 'int4'),
-    )
-}  # fmt: skip
+#: Products, weights, keys and values.
+VARIANTS = (
+    ('float32', 'model', 'model'), ('float32', 'model', 'int8'), ('float32', 'model', 'int4'),
+    ('float32', 'int8', 'model'),
+    ('bfloat16', 'model', 'model'), ('bfloat16', 'model', 'int8'), ('bfloat16', 'model', 'int4'),
+    ('bfloat16', 'int8', 'model'), ('bfloat16', 'int8', 'int8'),
+)  # fmt: skip
+
+
+def loaded(args, dtype, weights):
+    """Return the network with products and weights of these types."""
+    model = load_model(args.preset, args.weights, dtype=getattr(torch, dtype))
+    return with_int8_weights(model) if weights == 'int8' else model
 
 
 def run(model, sequence, mode, kv_dtype):
@@ -75,22 +82,21 @@ def main():
     parser.add_argument('--size', type=int, nargs=2, default=(48, 64), metavar=('H', 'W'))
     parser.add_argument('--output', required=True)
     args = parser.parse_args()
-    models = {
-        dtype: load_model(args.preset, args.weights, dtype=dtype)
-        for dtype in dict.fromkeys(dtype for dtype, _ in VARIANTS.values())
-    }
-    rows = {name: [] for name in VARIANTS}
+    models = {(dtype, weights): loaded(args, dtype, weights) for dtype, weights, _ in VARIANTS}
+    rows = {', '.join(variant): [] for variant in VARIANTS}
     for seed in range(args.first_seed, args.first_seed + args.seeds):
         sequence, exact = render_sequence(seed, args.frames, *args.size), None
-        for name, (dtype, kv_dtype) in VARIANTS.items():
-            predictions, num_bytes, took = run(models[dtype], sequence, args.mode, kv_dtype)
+        for dtype, weights, kv_dtype in VARIANTS:
+            model = models[dtype, weights]
+            predictions, num_bytes, took = run(model, sequence, args.mode, kv_dtype)
             exact = exact or predictions
             row = judge(sequence, predictions, exact)
-            rows[name].append(row | {'bytes': num_bytes, 'ms': took})
+            row |= {'bytes': num_bytes, 'weights': parameter_bytes(model), 'ms': took}
+            rows[f'{dtype}, {weights}, {kv_dtype}'].append(row)
     for name, found in rows.items():
         mean = {key: float(np.mean([row[key] for row in found])) for key in found[0]}
         print(f'{name:36}', '  '.join(f'{key} {value:.4g}' for key, value in mean.items()))
-    facts = {'conditions': conditions(models[torch.float32]), 'options': vars(args)}
+    facts = {'conditions': conditions(models['float32', 'model']), 'options': vars(args)}
     with open(args.output, 'w', encoding='utf-8') as file:
         json.dump(facts | {'variants': rows}, file, indent=1)
 

@@ -162,6 +162,12 @@ class WeightsConfig:
         '(float16 on GPUs before Ampere), else float32',
         choices=('auto', 'float32', 'bfloat16', 'float16'),
     )
+    weight_dtype: str = option(
+        'model',
+        "how weights are kept: 'model' = as multiplied; 'int8' = half the memory of bfloat16, "
+        'widened in every product, at a small cost in accuracy',
+        choices=('model', 'int8'),
+    )
     compile: bool = option(
         False,
         'compile the parts whose shapes never change: takes a minute at the first image; '

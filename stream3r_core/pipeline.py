@@ -14,6 +14,7 @@ from stream3r_core.geometry import transform_points
 from stream3r_core.image import prepare_photos
 from stream3r_core.kernels.processor import has_bfloat16
 from stream3r_core.mapping import VoxelMap
+from stream3r_core.model.int8 import with_int8_weights
 from stream3r_core.session import StreamSession, to_prediction
 from stream3r_core.types import FramePrediction
 
@@ -159,14 +160,17 @@ def load_configured_model(config: WeightsConfig):
     device = resolve_device(config.device)
     if config.max_gpu_memory:
         limit_gpu_memory(config.max_gpu_memory, device)
+    is_small = config.weight_dtype == 'int8'
     try:
         model = load_model(
             config.preset,
             weights=config.weights or None,
             revision=config.revision or None,
-            device=device,
+            device='cpu' if is_small else device,  # the GPU never sees the wide weights
             dtype=resolve_dtype(config.dtype, device),
         )
+        if is_small:
+            with_int8_weights(model).to(device)
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             f'{config.preset} does not fit into the memory of {device}: free some, raise '

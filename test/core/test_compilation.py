@@ -1,5 +1,6 @@
 """Compiled parts of the network: the same answers, and a clean way back."""
 
+import copy
 import functools
 import logging
 
@@ -24,7 +25,10 @@ def answers(model):
 )
 def test_compiled_parts_answer_as_the_plain_ones(monkeypatch, backend):
     monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend=backend))
-    plain, compiled = golden_network('stream3r'), compile_network(golden_network('stream3r'))
+    plain, compiled = (
+        golden_network('stream3r'),
+        compile_network(copy.deepcopy(golden_network('stream3r'))),
+    )
     for expected, actual in zip(answers(plain), answers(compiled), strict=True):
         torch.testing.assert_close(actual, expected, atol=2e-4, rtol=1e-4)
     blocks = compiled.aggregator.frame_blocks
@@ -39,7 +43,7 @@ def test_what_cannot_be_compiled_says_so_once_and_runs_as_it_was(monkeypatch, ca
         return broken
 
     monkeypatch.setattr(torch, 'compile', compile_to_broken)
-    model = compile_network(golden_network('stream3r'))
+    model = compile_network(copy.deepcopy(golden_network('stream3r')))
     with caplog.at_level(logging.WARNING):
         for expected, actual in zip(answers(golden_network('stream3r')), answers(model)):
             torch.testing.assert_close(actual, expected, atol=0, rtol=0)
