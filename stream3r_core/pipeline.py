@@ -80,9 +80,13 @@ class Reconstructor:
             world_points=None if points is None else transform_points(T, points),
         )
 
-    def configure(self, mapping: MappingConfig) -> None:
-        """Replace the thresholds of the points to come."""
+    def configure(self, mapping: MappingConfig, depth_is_read: bool = True) -> None:
+        """Replace the thresholds of the points to come.
+
+        ``depth_is_read``: by others than the map. If not, a map of points needs no depth head.
+        """
         self.map.config = mapping
+        self.session.outputs = needed_outputs(mapping, depth_is_read)
 
     def figures(self) -> dict[str, int]:
         """Figures of the back end: there is none."""
@@ -130,14 +134,16 @@ def make_session(model, config: CoreConfig) -> StreamSession:
         model,
         **dataclasses.asdict(config.session),
         image=config.image,
-        outputs=needed_outputs(config),
+        outputs=needed_outputs(config.mapping),
         cache=config.cache_paper if config.session.mode == 'stac_paper' else config.cache,
     )
 
 
-def needed_outputs(config: CoreConfig) -> tuple[str, ...]:
-    """Return the dense heads that the map reads; poses are always computed."""
-    return ('depth', 'points') if config.mapping.source == 'points' else ('depth',)
+def needed_outputs(mapping: MappingConfig, depth_is_read: bool = True) -> tuple[str, ...]:
+    """Return the dense heads that the map and others read; poses are always computed."""
+    if mapping.source == 'depth':
+        return ('depth',)
+    return ('depth', 'points') if depth_is_read else ('points',)
 
 
 def reconstruct_photos(model, images: Iterable, config: CoreConfig) -> Iterator[FramePrediction]:
@@ -148,7 +154,9 @@ def reconstruct_photos(model, images: Iterable, config: CoreConfig) -> Iterator[
     """
     frames, geometries = prepare_photos(images, config.image, model.config)
     with torch.inference_mode():
-        raw = model(frames[None].to(model.device), mode='full', outputs=needed_outputs(config))
+        raw = model(
+            frames[None].to(model.device), mode='full', outputs=needed_outputs(config.mapping)
+        )
     raw.pop('pose_enc_list')
     for index, geometry in enumerate(geometries):
         one = {name: value[0, index] for name, value in raw.items()}

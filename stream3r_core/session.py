@@ -10,12 +10,13 @@ from stream3r_core.attention import explain_stream
 from stream3r_core.cache.policies import KV_BITS, make_caches, resolve_cache_config
 from stream3r_core.config import CacheConfig, ImageConfig, SessionConfig, from_dict
 from stream3r_core.errors import CacheError, ConfigError, InputError
-from stream3r_core.geometry import decode_pose, invert_se3
+from stream3r_core.geometry import decode_pose, invert_se3, transform_points
 from stream3r_core.image import ImageGeometry, prepare
 from stream3r_core.stillness import StillnessGate
 from stream3r_core.types import FramePrediction
 
 ALL_OUTPUTS = ('depth', 'points')
+_POINTS_CONF = 'world_points_conf'
 
 
 class _Waiting(NamedTuple):
@@ -35,7 +36,7 @@ class StreamSession:
     sees the anchor, the last ``window`` past frames and itself, as the published session does and
     as the batch pass with window + 1; with ``'exact'`` it equals the batch pass with ``window``
     (model.md 9.2). ``camera_cache='shared'`` gives the published StreamVGGT streaming poses
-    (model.md 9.3). ``outputs`` names the dense heads to run: ``'depth'``, ``'points'``.
+    (model.md 9.3). ``outputs`` names the dense heads to run, see :attr:`outputs`.
 
     ``mode='stac'`` and ``'stac_paper'`` hold a bounded spatial memory; ``cache`` has its sizes.
     With ``cache.chunk_size`` n > 1, n frames are processed together and see each other.
@@ -79,9 +80,7 @@ class StreamSession:
         self.image_config = image or ImageConfig()
         self.cache_config = resolve_cache_config(mode, cache)
         self.cache, self.camera_cache = make_caches(model, self.config, self.cache_config)
-        if 'depth' not in outputs:
-            raise ConfigError(f"outputs must hold 'depth', which every prediction has: {outputs}")
-        self.outputs = (*outputs, 'points') if self.cache.needs_points else outputs
+        self.outputs = outputs
         self.num_frames = 0
         self.is_broken = False  # the memory lacks a part of a step; only a reset helps
         self._waiting: list[_Waiting] = []
@@ -89,6 +88,22 @@ class StreamSession:
         self._gate: StillnessGate | None = None
         if self.cache_config is not None and self.cache_config.skip_still:
             self._gate = StillnessGate(self.cache_config, model.config.patch_size)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The dense heads that run, ``'depth'`` and ``'points'``; may change between frames.
+
+        Without the depth head depth and its confidence are those of the points. A memory that
+        reads the points has their head run in any case.
+        """
+        return self._outputs
+
+    @outputs.setter
+    def outputs(self, outputs: tuple[str, ...]) -> None:
+        if not outputs or not set(outputs) <= set(ALL_OUTPUTS):
+            raise ConfigError(f'outputs: expected one or both of {ALL_OUTPUTS}, got {outputs!r}')
+        needed = {*outputs, 'points'} if self.cache.needs_points else {*outputs}
+        self._outputs = tuple(name for name in ALL_OUTPUTS if name in needed)
 
     @property
     def chunk_size(self) -> int:
@@ -247,7 +262,7 @@ class StreamSession:
         return still
 
     def _commit(self, raw: dict[str, Tensor], still: list[bool]) -> None:
-        points, conf = raw.get('world_points'), raw.get('world_points_conf')
+        points, conf = raw.get('world_points'), raw.get(_POINTS_CONF)
         if self._gate is not None:
             self._gate.commit()
         if self.cache_config is None:
@@ -313,16 +328,21 @@ def to_prediction(
     T_camera_world, K = decode_pose(raw['pose_enc'].float(), height, width)
     if K_camera is not None:
         K = geometry.network_K(K_camera).to(K)
+    depth, confidence = (
+        (raw['depth'][..., 0], raw['depth_conf'])
+        if 'depth' in raw
+        else (transform_points(T_camera_world, raw['world_points'])[..., 2], raw[_POINTS_CONF])
+    )
     return FramePrediction(
         index=index,
         stamp_ns=stamp_ns,
         T_world_camera=invert_se3(T_camera_world),
         K=K,
         rgb=(frame.permute(1, 2, 0) * 255).round().to(torch.uint8),
-        depth=raw['depth'][..., 0],
-        depth_conf=raw['depth_conf'],
+        depth=depth,
+        depth_conf=confidence,
         world_points=raw.get('world_points'),
-        world_points_conf=raw.get('world_points_conf'),
+        world_points_conf=raw.get(_POINTS_CONF),
         geometry=geometry,
         still=still,
     )

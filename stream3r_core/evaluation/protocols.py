@@ -95,7 +95,7 @@ class Network:
     @property
     def recon_outputs(self) -> tuple[str, ...]:
         """Dense heads that a reconstruction needs."""
-        return needed_outputs(self.config)
+        return needed_outputs(self.config.mapping)
 
 
 def _listed(answer) -> list[FramePrediction]:

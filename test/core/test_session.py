@@ -168,7 +168,8 @@ def test_a_full_causal_cache_says_so_and_the_session_is_usable_after_reset():
 @pytest.mark.parametrize(
     'options',
     [
-        {'outputs': ('points',)},
+        {'outputs': ()},
+        {'outputs': ('normals',)},
         {'mode': 'full'},
         {'mode': 'dense'},
         {'mode': 'window', 'window': 0},
@@ -229,3 +230,24 @@ def test_intrinsics_of_another_shape_are_refused():
     with pytest.raises(InputError, match=r'K \[3, 3\], got \[2, 2\]'):
         session = StreamSession(golden_network('stream3r'))
         session.step(np.zeros((42, 70, 3), np.uint8), K=np.eye(2))
+
+
+def test_without_the_depth_head_depth_is_that_of_the_points_and_poses_are_the_same():
+    model, photo = golden_network('stream3r'), np.random.default_rng(0)
+    photos = [photo.integers(0, 256, (42, 70, 3), dtype=np.uint8) for _ in range(4)]
+    both = StreamSession(model, mode='causal')
+    mixed = StreamSession(model, mode='causal', outputs=('points',))
+    for i, image in enumerate(photos):
+        mixed.outputs = ('points',) if i % 2 else ('depth', 'points')
+        expected, actual = both.step(image), mixed.step(image)
+        torch.testing.assert_close(actual.T_world_camera, expected.T_world_camera)
+        torch.testing.assert_close(actual.world_points, expected.world_points)
+        if i % 2:
+            R, t = expected.T_world_camera[:3, :3], expected.T_world_camera[:3, 3]
+            z = (expected.world_points - t) @ R[:, 2]
+            torch.testing.assert_close(actual.depth, z, atol=1e-5, rtol=1e-5)
+            assert torch.equal(actual.depth_conf, expected.world_points_conf)
+        else:
+            torch.testing.assert_close(actual.depth, expected.depth)
+    bounded = StreamSession(model, mode='stac', outputs=('depth',))
+    assert bounded.outputs == ('depth', 'points')  # its memory reads them
