@@ -32,7 +32,7 @@ class ClipConfig:
     kind: str = 'room'  # see worlds.KINDS
     motion: Motion = field(default_factory=Motion)
     moving: float = 0.0  # share of furniture that moves
-    degrade: float = 1.0  # strength of exposure, colour, blur and noise variation; 0 = none
+    degrade: float = 1.0  # variation of exposure, colour, blur and noise; 0 = light as it is
     shadows: bool = False
     compiled: bool = False  # compile the renderer, see render()
     texture_seed: int = 0

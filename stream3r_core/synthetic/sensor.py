@@ -1,12 +1,19 @@
-"""What a real camera does to a rendered image: exposure, white balance, vignette, blur, noise."""
+"""What a real camera does to light: exposure, white balance, vignette, curve, blur, noise."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+GREY = 0.18  # mean linear light of an image that is exposed well
+CURVE = 2.2
+
 
 def degrade(rgb: Tensor, frames: int, generator: torch.Generator, strength: float = 1.0) -> Tensor:
-    """Return degraded images [B*frames, 3, H, W] in [0, 1]; colour drifts little within a clip."""
+    """Return the images [B*frames, 3, H, W] in [0, 1] that a camera makes of linear light ``rgb``.
+
+    The camera exposes each clip for a medium grey and stores values to the power of 1 / 2.2, as
+    cameras do. ``strength`` scales what varies: between clips, and a little within a clip.
+    """
     n, _, height, width = rgb.shape
     b = n // frames
     out = _blur(rgb, frames, generator, strength)
@@ -21,7 +28,9 @@ def degrade(rgb: Tensor, frames: int, generator: torch.Generator, strength: floa
     y = torch.linspace(-1, 1, height, device=rgb.device)[:, None]
     x = torch.linspace(-1, 1, width, device=rgb.device)[None]
     vignette = 1 - per_clip((1, 1, 1), 0.1, 0).abs() * (x * x + y * y)
-    out = (out * gain * vignette).clamp(1e-4, 1) ** gamma
+    light = out.unflatten(0, (b, frames)).mean((1, 2, 3, 4)).repeat_interleave(frames)
+    exposed = out * (GREY / light.clamp(min=1e-3)).view(-1, 1, 1, 1)
+    out = (exposed * gain * vignette).clamp(1e-4, 1) ** (gamma / CURVE)
     noise = (
         torch.rand(b, 1, 1, 1, 1, generator=generator)
         .mul(0.03 * strength)

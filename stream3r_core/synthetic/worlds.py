@@ -284,5 +284,5 @@ def _materials(g: torch.Generator, b: int, num_textures: int) -> dict[str, Tenso
         'texture': torch.randint(num_textures, (b, m, 2), generator=g),
         'texture_period': period,
         'texture_phase': torch.rand(b, m, 2, 2, generator=g),
-        'colors': 0.08 + 0.87 * colors,
+        'colors': (0.08 + 0.87 * colors) ** 2.2,  # even as seen, from soot to paper as light
     }

@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument('--scenes', type=int, default=24)
     parser.add_argument('--frames', type=int, default=30)
     parser.add_argument(
-        '--fov-deg', nargs=2, type=float, default=(58.0, 72.0), help='horizontal, from and to'
+        '--fov-deg', nargs=2, type=float, default=(56.0, 70.0), help='horizontal, from and to'
     )
     parser.add_argument(
         '--stream', type=int, default=0, help='length of the long stream; 0 = none'

@@ -154,7 +154,20 @@ def test_a_sensor_adds_noise_of_its_own_to_every_pixel_and_clip():
     bend = images[..., 2:] - 2 * images[..., 1:-1] + images[..., :-2]  # a vignette is smooth
     sigma = bend.flatten(1).std(1) / math.sqrt(6)
     assert 0.01 < sigma.mean() < 0.02 and sigma.min() < 0.007 and 0.02 < sigma.max() < 0.035
-    assert (degrade(grey, 1, torch.Generator().manual_seed(0), strength=0.0) == 0.5).all()
+
+
+def test_a_sensor_exposes_each_clip_for_grey_and_stores_values_on_a_curve():
+    half_dark = torch.full((4, 3, 8, 16), 0.02)
+    half_dark[..., 8:] = 0.08
+    half_dark[2:] *= 3  # the second clip of two frames: more light, the same picture
+    plain = degrade(half_dark, 2, torch.Generator().manual_seed(0), strength=0.0)
+    assert torch.allclose(plain[:2], plain[2:], atol=1e-6)
+    assert torch.allclose(plain[..., 0], torch.tensor((0.18 * 0.4) ** (1 / 2.2)))
+    assert torch.allclose(plain[..., 15] / plain[..., 0], torch.tensor(4 ** (1 / 2.2)))
+    flicker = half_dark.clone()
+    flicker[1] *= 2  # within a clip, light that changes is seen to change
+    first, second = degrade(flicker, 2, torch.Generator().manual_seed(0), strength=0.0)[:2]
+    assert torch.allclose(second / first, torch.tensor(2 ** (1 / 2.2)), atol=1e-4)
 
 
 @pytest.mark.parametrize(('motion', 'fastest'), [(HAND_HELD, 3.0), (WHEELED, 3.0), (DRONE, 6.0)])
