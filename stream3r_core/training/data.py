@@ -124,6 +124,7 @@ def clip_config(stage: StageConfig, frames: int, rng: random.Random, compiled: b
         frames=frames,
         fps=frame_rate(stage, frames, rng),
         fov_deg=tuple(stage.fov_deg),
+        principal_shift=stage.principal_shift,
         room_half_m=tuple(stage.room_half_m),
         kind=rng.choice(stage.worlds),
         motion=MOTIONS[rng.choice(stage.motions)],

@@ -45,6 +45,12 @@ class StageConfig:
         (1.5, 3.5), 'half the room width between these two, metres'
     )
     fov_deg: tuple[float, ...] = option((50.0, 85.0), 'horizontal field of view between these two')
+    principal_shift: float = option(
+        0.0,
+        'largest shift of the principal point, as a share of the image sides',
+        minimum=0.0,
+        maximum=0.5,
+    )
     moving: float = option(0.0, 'share of furniture that moves', minimum=0.0, maximum=1.0)
     shadows: bool = option(False, 'cast shadows')
     motions: tuple[str, ...] = option(

@@ -74,7 +74,8 @@ def test_a_saved_model_defines_its_own_configuration(tmp_path, tensors):
     with torch.inference_mode():
         expected = golden_network('streamvggt')(images('portrait_56x42'), 'causal')
         actual = model(images('portrait_56x42'), 'causal')
-    assert torch.equal(actual['pose_enc'], expected['pose_enc'])
+    # Its convolutions lie channels last, and round as processors like.
+    torch.testing.assert_close(actual['pose_enc'], expected['pose_enc'], atol=1e-5, rtol=0)
     assert not model.training
 
 

@@ -137,8 +137,6 @@ def test_photos_of_different_sizes_are_seen_all_at_once_and_padding_stays_out_of
 def test_configured_model_has_the_asked_device_and_dtype():
     config = WeightsConfig(preset='tiny', weights='random', device='cpu', dtype='bfloat16')
     assert load_configured_model(config).dtype == torch.bfloat16
-    config = WeightsConfig(preset='tiny', weights='random', device='cpu')
-    assert load_configured_model(config).dtype == torch.float32
 
 
 def test_an_unknown_device_is_refused_with_the_known_ones():
