@@ -32,7 +32,7 @@ setup(
     ),
     package_data={
         'stream3r_core': ['weights/*', 'evaluation/*.yaml'],
-        'stream3r_core.kernels': ['*.c'],
+        'stream3r_core.kernels': ['*.c', '*.h'],
     },
     data_files=[
         ('share/ament_index/resource_index/packages', ['resource/' + package_name]),

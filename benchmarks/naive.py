@@ -23,6 +23,7 @@ from torch import nn
 from stream3r_core import load_model
 from stream3r_core.benchmark.measure import Plan, camera_images
 from stream3r_core.evaluation.conditions import conditions
+from stream3r_core.kernels.processor import has_bfloat16
 from stream3r_core.model.dpt_head import inverse_log
 from stream3r_core.model.rope import rotary_tables
 from stream3r_core.session import StreamSession
@@ -185,8 +186,11 @@ def variants(args, load):
     yield 'in place, used taps only', StreamSession(plain, **common)
     yield '+ channels-last heads', StreamSession(fast, **common)
     yield '+ no point head (default)', StreamSession(fast, **one)
-    yield '+ bfloat16', StreamSession(load(torch.bfloat16), **one)
-    yield '+ int8 keys, values', StreamSession(load(torch.bfloat16), kv_dtype='int8', **one)
+    narrow = torch.float32
+    if args.device != 'cpu' or has_bfloat16():
+        narrow = torch.bfloat16
+        yield '+ bfloat16', StreamSession(load(narrow), **one)
+    yield '+ int8 keys, values', StreamSession(load(narrow), kv_dtype='int8', **one)
     if args.device == 'cpu' and hasattr(torch, 'ao'):
         yield (
             '+ int8 weights instead',

@@ -1,8 +1,9 @@
-"""Attention of few queries to many keys on processors with AVX-512, in C.
+"""Attention of few queries to many keys on x86-64 processors, in C.
 
 PyTorch has no product of bfloat16 matrices with float32 results on a CPU, and its fused kernel
-reaches a quarter of what such a processor can. `native_attention.c` is compiled once, in about a
-second, with the C compiler of the machine; without one, or without AVX-512, other backends serve.
+reaches half of what a processor can, with AVX-512 a quarter. The file for this processor is
+compiled once, in about a second, with the C compiler of the machine; without one, or without the
+instructions, other backends serve.
 """
 
 import ctypes
@@ -12,7 +13,9 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,11 +26,8 @@ from stream3r_core.kernels.reference import LOG2_E, Attention
 
 WIDTH = 64  # of a head; the published networks have no other
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-SOURCE = Path(__file__).with_name('native_attention.c')
-FLAGS = (
-    '-O3 -shared -fPIC -pthread -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni '
-    '-mavx512bf16 -mfma'
-).split()
+HEADER = Path(__file__).with_name('native_attention.h')
+COMMON = '-O3 -shared -fPIC -pthread -mfma'
 LARGEST, SMALLEST = 2.0**100, 2.0**-100  # sums of weights beyond need a shift of the logits
 
 
@@ -42,8 +42,56 @@ class _Job(ctypes.Structure):
     ]
 
 
+class Variant(NamedTuple):
+    """The kernel for one kind of processor."""
+
+    name: str
+    flags: str
+    runs_here: Callable[[], bool]
+    min_keys: int  # below, PyTorch's own attention is as fast; keys of bytes pay in any case
+    has_fast_column_sums: bool  # it computes the logits twice for them
+
+    @property
+    def source(self) -> Path:
+        """The file in C; it includes :data:`HEADER`."""
+        return HEADER.with_name(f'native_{self.name}.c')
+
+    @property
+    def command(self) -> list[str]:
+        """Options of the compiler."""
+        return [*COMMON.split(), *self.flags.split()]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that the compiled file depends on, but for the compiler."""
+        text = HEADER.read_bytes() + self.source.read_bytes() + ' '.join(self.command).encode()
+        return hashlib.sha256(text).hexdigest()[:16]
+
+
+def _has_avx2() -> bool:
+    return torch.backends.cpu.get_cpu_capability().startswith('AVX')  # AVX2 and FMA, or more
+
+
+#: In order of preference. With AVX-512 bytes and bfloat16 are multiplied as such, else in float32.
+VARIANTS = (
+    Variant(
+        'avx512',
+        '-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx512bf16',
+        lambda: has_bfloat16() and torch.cpu._is_vnni_supported(),
+        min_keys=256,
+        has_fast_column_sums=True,
+    ),
+    Variant('avx2', '-mavx2', _has_avx2, min_keys=2048, has_fast_column_sums=False),
+)
+
+
 class _UnavailableError(Exception):
     """Why there is no compiled kernel."""
+
+
+def variant_here() -> Variant | None:
+    """Return the kernel for this processor, if there is one."""
+    return next((variant for variant in VARIANTS if variant.runs_here()), None)
 
 
 @functools.cache
@@ -58,11 +106,12 @@ def unavailable() -> str | None:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    if not (has_bfloat16() and torch.cpu._is_vnni_supported()):
-        raise _UnavailableError('needs a processor with avx512_bf16 and avx512_vnni')
-    path = _folder() / f'attention-{_fingerprint()}.so'
+    variant = variant_here()
+    if variant is None:
+        raise _UnavailableError('needs a processor with AVX2 and FMA, or AVX-512')
+    path = _folder() / f'attention-{variant.fingerprint}.so'
     if not path.exists():
-        _compile(path)
+        _compile(variant, path)
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
@@ -74,11 +123,7 @@ def _folder() -> Path:
     return Path(root) / 'stream3r'
 
 
-def _fingerprint() -> str:
-    return hashlib.sha256(SOURCE.read_bytes() + ' '.join(FLAGS).encode()).hexdigest()[:16]
-
-
-def _compile(path: Path) -> None:
+def _compile(variant: Variant, path: Path) -> None:
     """Compile into ``path``, whole or not at all: several processes may do so at once."""
     compiler = os.environ.get('CC') or shutil.which('cc') or shutil.which('gcc')
     if compiler is None:
@@ -88,15 +133,17 @@ def _compile(path: Path) -> None:
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / path.name
             subprocess.run(
-                [compiler, *FLAGS, '-o', made, SOURCE],
+                [compiler, *variant.command, '-o', made, variant.source],
                 check=True, capture_output=True, text=True, timeout=120,
             )  # fmt: skip
             made.replace(path)
     except subprocess.CalledProcessError as error:
         reason = (error.stderr.strip().splitlines() or ['no message'])[0]
-        raise _UnavailableError(f'{compiler} cannot compile {SOURCE.name}: {reason}') from error
+        raise _UnavailableError(
+            f'{compiler} cannot compile {variant.source.name}: {reason}'
+        ) from error
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise _UnavailableError(f'{SOURCE.name} could not be compiled: {error}') from error
+        raise _UnavailableError(f'{variant.source.name} could not be compiled: {error}') from error
 
 
 def attention(
@@ -108,9 +155,9 @@ def attention(
 ) -> Attention | None:
     """Return softmax(q k^T / sqrt(D) + bias) v, sums in float32, and the column sums on request.
 
-    Products are those of the type of the keys: float32, bfloat16, or bytes for the logits and
-    bfloat16 for the values. None where the sums of 2^logits leave the range of float32: another
-    backend must serve then.
+    With AVX-512, products are those of the type of the keys: float32, bfloat16, or bytes for the
+    logits and bfloat16 for the values; without, all are float32. None where the sums of 2^logits
+    leave the range of float32: another backend must serve then.
     """
     scaled = (q.float() * (q.shape[-1] ** -0.5 * LOG2_E)).contiguous()
     (k, v), num_keys = _rows(k, v), (k.codes if isinstance(k, Quantized) else k).shape[2]

@@ -18,6 +18,7 @@ HALF = (torch.float16, torch.bfloat16)
 MANY_LOGITS = 1 << 20  # of a head, at least
 FEW_QUERIES = 1 << 11  # of all heads together, at most
 NATIVE_QUERIES, NATIVE_KEYS = 8, 256  # at least: below, the compiled kernel gains nothing
+THOUSANDS = 2048  # keys, from which on it gains on every processor
 
 
 class Request(NamedTuple):
@@ -33,6 +34,7 @@ class Request(NamedTuple):
     batch: int = 1
     bias_by_query: bool = False
     many_keys: bool = False
+    thousands_of_keys: bool = False
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, bias: Tensor | None, column_sums: bool) -> 'Request':
@@ -42,6 +44,7 @@ class Request(NamedTuple):
             _is_long(q, k), torch.is_grad_enabled(), len(q),
             bias is not None and bias.shape[-2] > 1,
             q.shape[2] >= NATIVE_QUERIES and k.shape[2] >= NATIVE_KEYS,
+            k.shape[2] >= THOUSANDS,
         )  # fmt: skip
 
 
@@ -71,8 +74,11 @@ def _refuse_flash(request: Request) -> str | None:
     return flash.unavailable()
 
 
-def native_refusal(request: Request) -> str | None:
-    """Return why the compiled kernel does not serve a request, or None."""
+def native_refusal(request: Request, bytes_stored: bool = False) -> str | None:
+    """Return why the compiled kernel does not serve a request, or None.
+
+    ``bytes_stored``: keys and values are codes of 8 bits.
+    """
     from stream3r_core.kernels import native
 
     if request.device != 'cpu' or request.dtype not in (torch.float32, torch.bfloat16):
@@ -85,7 +91,14 @@ def native_refusal(request: Request) -> str | None:
         return 'serves one stream whose queries see the same keys'
     if not request.many_keys:
         return f'pays from {NATIVE_QUERIES} queries and {NATIVE_KEYS} keys on'
-    return native.unavailable()
+    if (why_not := native.unavailable()) is not None:
+        return why_not
+    variant = native.variant_here()
+    if request.column_sums and not variant.has_fast_column_sums:
+        return f'leaves column sums to PyTorch, which is as fast with {variant.name}'
+    if variant.min_keys > NATIVE_KEYS and not (request.thousands_of_keys or bytes_stored):
+        return f'pays from {variant.min_keys} keys on with {variant.name}'
+    return None
 
 
 def _refuse_blocks(request: Request) -> str | None:

@@ -33,7 +33,7 @@ def _attend_quantized(q: Tensor, k: Quantized, v: Quantized, bias: Tensor | None
 
 def _attend_bytes(q: Tensor, k: Quantized, v: Quantized, bias: Tensor | None) -> Attention:
     if k.codes.dtype == torch.int8 and not registry.native_refusal(
-        registry.Request.of(q, k.codes, bias, column_sums=False)
+        registry.Request.of(q, k.codes, bias, column_sums=False), bytes_stored=True
     ):
         from stream3r_core.kernels import native
 
@@ -63,7 +63,7 @@ def explain_stream(
     """
     request = registry.Request(
         device.type, dtype, head_dim, bias=column_sums, column_sums=column_sums,
-        long_cache=True, many_keys=True,
+        long_cache=True, many_keys=True, thousands_of_keys=True,
     )  # fmt: skip
     if not bits:
         return registry.explain(request)
@@ -71,7 +71,7 @@ def explain_stream(
         first, second, why_not = 'triton', 'widened', triton_support.unavailable(dtype)
     else:
         first, second = 'native', 'blocks'
-        why_not = registry.native_refusal(request) if bits == 8 else 'serves codes of 8 bits'
+        why_not = registry.native_refusal(request, True) if bits == 8 else 'serves codes of 8 bits'
     return {first: why_not or 'runs', second: 'runs' if why_not else 'could run'}
 
 

@@ -16,7 +16,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 FAIL_SKIPPED = 'STREAM3R_FAIL_SKIPPED'  # set by .ci/run
 #: What no set-up can give a machine: reasons of test_interfaces.py and test_native.py.
-EXCUSES = ('ROS 2 comes from an installation here', 'this processor has no avx512_bf16')
+EXCUSES = ('ROS 2 comes from an installation here', 'this processor has neither AVX2 nor AVX-512')
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -31,7 +31,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Do one step (with Nesterov's momentum) and return what ``closure`` returns."""
+        """Do one step, with the momentum of Nesterov; return what ``closure`` returns."""
         with torch.enable_grad():
             loss = closure() if closure is not None else None
         for group in self.param_groups:

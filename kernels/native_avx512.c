@@ -1,45 +1,11 @@
 /* Attention of few queries to many keys on processors with AVX-512: kernels/native.py calls it.
 
-Weights are 2^logits without a shift, so that parts over ranges of keys simply add up; the caller
-checks the sums and takes another way where that overflows or vanishes. Both products are the same
-small one: 6 rows of 32-bit words, broadcast word by word, times 64 columns held in registers. A
-word is one float, two bfloat16 or four bytes, so that one loop serves all types. */
+Both products are the same small one: 6 rows of 32-bit words, broadcast word by word, times 64
+columns held in registers. A word is one float, two bfloat16 or four bytes, so that one loop serves
+all types. */
 
-#include <immintrin.h>
-#include <pthread.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-
-enum { WIDTH = 64, BLOCK = 64, ROWS = 6, LANES = 16, MAX_THREADS = 64 };
-enum Kind { FLOAT32, BFLOAT16, INT8 };
-
-typedef struct {
-    int32_t kind, heads, queries, threads;
-    int64_t keys;
-    int64_t head_stride;      /* bytes between the heads of keys and of values */
-    int64_t row_stride;       /* bytes between their rows; int8: a row ends with its float scale */
-    int64_t bias_stride;      /* floats between the heads of the bias */
-    const float *q;           /* [heads, queries, 64], logits to the base 2 */
-    const char *k, *v;        /* [heads, keys, 64] */
-    const float *bias;        /* [heads or 1, keys], to the base 2; or NULL */
-    const float *log_total;   /* [heads, queries]: set for column sums */
-    float *out;               /* [heads, queries, 64] sums of weights times values */
-    float *total;             /* [heads, queries] sums of weights */
-    float *columns;           /* [heads, keys] sums of weights / 2^log_total over the queries */
-} Job;
-
-typedef struct {
-    const Job *job;
-    int64_t first, last;      /* blocks, counted over all heads */
-    char *memory;
-    const int32_t *q;         /* [heads, padded, words] */
-    const float *q_scale;     /* [heads, padded], int8 */
-    const int32_t *q_start;   /* [heads, padded], int8: what the offset of the keys adds */
-    float *out, *total;       /* own [heads, padded, 64] and [heads, padded, 16] */
-} Share;
-
-static inline int padded(const Job *job) { return (job->queries + ROWS - 1) / ROWS * ROWS; }
+enum { LANES = 16 };
+#include "native_attention.h"
 
 static inline int words(int kind) { return kind == FLOAT32 ? 64 : kind == BFLOAT16 ? 32 : 16; }
 
@@ -119,12 +85,6 @@ static inline void pack_keys(int kind, const char *k, int64_t stride, int count,
             _mm512_storeu_si512(place, _mm512_xor_si512(_mm512_loadu_si512(place), flip));
         }
     }
-}
-
-static inline float scale_of(const char *row) {
-    float scale;
-    memcpy(&scale, row + WIDTH, 4);
-    return scale;
 }
 
 /* Values of two keys side by side in a word, 16 channels from c on. */
@@ -251,7 +211,6 @@ static void *run(void *argument) {
     return NULL;
 }
 
-/* Bring the queries into words; rows beyond the last are zero. */
 static void pack_queries(const Job *job, int32_t *q, float *scale, int32_t *start) {
     const int rows = padded(job), num_words = words(job->kind);
     for (int64_t head = 0; head < job->heads; head++)
@@ -276,51 +235,4 @@ static void pack_queries(const Job *job, int32_t *q, float *scale, int32_t *star
             scale[head * rows + m] = largest / 127.0f;
             start[head * rows + m] = -128 * sum;
         }
-}
-
-/* Return 0, or 1 without memory. */
-int attention(const Job *job) {
-    const int rows = padded(job);
-    const int64_t all = (int64_t)job->heads * rows;
-    const int64_t blocks = job->heads * ((job->keys + BLOCK - 1) / BLOCK);
-    int threads = job->threads > MAX_THREADS ? MAX_THREADS : job->threads;
-    if (threads > blocks) threads = blocks > 0 ? blocks : 1;
-    const int64_t work = 4 * (2 * 64 * BLOCK + ROWS * BLOCK + 2 * BLOCK);
-    const int64_t shared = all * (4 * words(job->kind) + 8);
-    const int64_t own = work + (job->columns ? 0 : 4 * all * (WIDTH + LANES));
-    char *memory = calloc(1, shared + threads * own);
-    if (!memory) return 1;
-    int32_t *q = (int32_t *)memory, *q_start = q + all * words(job->kind);
-    float *q_scale = (float *)(q_start + all);
-    pack_queries(job, q, q_scale, q_start);
-    Share shares[MAX_THREADS];
-    pthread_t ids[MAX_THREADS];
-    int started[MAX_THREADS] = {0};
-    for (int t = 0; t < threads; t++) {
-        char *mine = memory + shared + t * own;
-        float *out = (float *)(mine + work);
-        shares[t] = (Share){job, blocks * t / threads, blocks * (t + 1) / threads, mine,
-                            q, q_scale, q_start, out, out + all * WIDTH};
-        if (t) started[t] = !pthread_create(ids + t, NULL, run, shares + t);
-    }
-    for (int t = 0; t < threads; t++)
-        if (!started[t]) run(shares + t);
-    for (int t = 1; t < threads; t++)
-        if (started[t]) pthread_join(ids[t], NULL);
-    for (int64_t head = 0; !job->columns && head < job->heads; head++)
-        for (int m = 0; m < job->queries; m++) {
-            float *out = job->out + (head * job->queries + m) * WIDTH;
-            const int64_t row = head * rows + m;
-            __m512 sum[4] = {0}, total = _mm512_setzero_ps();
-            for (int t = 0; t < threads; t++) {
-                for (int j = 0; j < 4; j++)
-                    sum[j] = _mm512_add_ps(
-                        sum[j], _mm512_loadu_ps(shares[t].out + row * WIDTH + j * LANES));
-                total = _mm512_add_ps(total, _mm512_loadu_ps(shares[t].total + row * LANES));
-            }
-            for (int j = 0; j < 4; j++) _mm512_storeu_ps(out + j * LANES, sum[j]);
-            job->total[head * job->queries + m] = _mm512_reduce_add_ps(total);
-        }
-    free(memory);
-    return 0;
 }
