@@ -18,11 +18,11 @@ from functools import partial
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from stream3r_core import load_model
 from stream3r_core.benchmark.measure import Plan, camera_images
 from stream3r_core.evaluation.conditions import conditions
+from stream3r_core.int8_weights import with_int8_weights
 from stream3r_core.kernels.processor import has_bfloat16
 from stream3r_core.model.dpt_head import inverse_log
 from stream3r_core.model.rope import rotary_tables
@@ -114,31 +114,6 @@ class NaiveSession:
         return outputs
 
 
-class Int8Linear(nn.Module):
-    """A linear layer with int8 weights; activations are quantised as they come (CPU only)."""
-
-    def __init__(self, linear):
-        super().__init__()
-        self.weight = torch.empty(0)  # its type is that of the input
-        self.inner = torch.ao.quantization.quantize_dynamic(
-            nn.Sequential(linear), {nn.Linear}, dtype=torch.qint8
-        )
-
-    def forward(self, x):
-        """Map [..., in] to [..., out]."""
-        return self.inner(x)
-
-
-def with_int8_weights(model):
-    """Replace the linear layers of the frame and global blocks, in place."""
-    for block in (*model.aggregator.frame_blocks, *model.aggregator.global_blocks):
-        for owner in (block.attn, block.mlp):
-            for name, layer in list(owner.named_children()):
-                if isinstance(layer, nn.Linear):
-                    setattr(owner, name, Int8Linear(layer))
-    return model
-
-
 def measured(sessions, images, num_frames, repeats, last):
     """Median seconds of the last frames of streams whose frames take turns, and what they say."""
     samples, answers = {name: [] for name in sessions}, {}
@@ -185,17 +160,13 @@ def variants(args, load):
     yield 'naive', NaiveSession(plain, args.window if args.mode == 'window' else None)
     yield 'in place, used taps only', StreamSession(plain, **common)
     yield '+ channels-last heads', StreamSession(fast, **common)
-    yield '+ no point head (default)', StreamSession(fast, **one)
+    yield '+ no point head', StreamSession(fast, **one)
     narrow = torch.float32
     if args.device != 'cpu' or has_bfloat16():
         narrow = torch.bfloat16
         yield '+ bfloat16', StreamSession(load(narrow), **one)
     yield '+ int8 keys, values', StreamSession(load(narrow), kv_dtype='int8', **one)
-    if args.device == 'cpu' and hasattr(torch, 'ao'):
-        yield (
-            '+ int8 weights instead',
-            StreamSession(with_int8_weights(load(torch.float32)), **one),
-        )
+    yield '+ int8 weights instead', StreamSession(with_int8_weights(load(narrow)), **one)
 
 
 def main():

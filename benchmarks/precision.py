@@ -18,7 +18,7 @@ from stream3r_core.config import ImageConfig
 from stream3r_core.evaluation.conditions import conditions
 from stream3r_core.evaluation.depth import DepthAccumulator
 from stream3r_core.evaluation.trajectory import Trajectory, ate
-from stream3r_core.model.int8 import parameter_bytes, with_int8_weights
+from stream3r_core.int8_weights import parameter_bytes, with_int8_weights
 from stream3r_core.session import StreamSession
 from stream3r_core.synthetic import render_sequence
 

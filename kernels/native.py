@@ -1,7 +1,7 @@
 """Attention of few queries to many keys on x86-64 processors, in C.
 
 PyTorch has no product of bfloat16 matrices with float32 results on a CPU, and its fused kernel
-reaches half of what a processor can, with AVX-512 a quarter. The file for this processor is
+reaches about half of what a processor can (benchmarks/RESULTS.md). The file for this processor is
 compiled once, in about a second, with the C compiler of the machine; without one, or without the
 instructions, other backends serve.
 """
@@ -89,11 +89,6 @@ class _UnavailableError(Exception):
     """Why there is no compiled kernel."""
 
 
-def variant_here() -> Variant | None:
-    """Return the kernel for this processor, if there is one."""
-    return next((variant for variant in VARIANTS if variant.runs_here()), None)
-
-
 @functools.cache
 def unavailable() -> str | None:
     """Return why the compiled kernel cannot run here, or None when it can."""
@@ -104,11 +99,27 @@ def unavailable() -> str | None:
     return None
 
 
+def variant_here() -> Variant:
+    """Return the kernel that serves on this processor; where none does, nobody may ask."""
+    return _library()[0]
+
+
 @functools.cache
-def _library() -> ctypes.CDLL:
-    variant = variant_here()
-    if variant is None:
-        raise _UnavailableError('needs a processor with AVX2 and FMA, or AVX-512')
+def _library() -> tuple[Variant, ctypes.CDLL]:
+    """Return the first kernel that processor, compiler and loader take."""
+    reasons = []
+    for variant in VARIANTS:
+        if variant.runs_here():
+            try:
+                return variant, _loaded(variant)
+            except _UnavailableError as error:
+                reasons.append(str(error))
+    raise _UnavailableError(
+        '; '.join(reasons) or 'needs a processor with AVX2 and FMA, or AVX-512'
+    )
+
+
+def _loaded(variant: Variant) -> ctypes.CDLL:
     path = _folder() / f'attention-{variant.fingerprint}.so'
     if not path.exists():
         _compile(variant, path)
@@ -185,7 +196,7 @@ def attention(
 
 
 def _run(job: _Job) -> None:
-    if _library().attention(ctypes.byref(job)):
+    if _library()[1].attention(ctypes.byref(job)):
         raise MemoryError('no memory for the workspace of attention')
 
 

@@ -18,7 +18,7 @@ HALF = (torch.float16, torch.bfloat16)
 MANY_LOGITS = 1 << 20  # of a head, at least
 FEW_QUERIES = 1 << 11  # of all heads together, at most
 NATIVE_QUERIES, NATIVE_KEYS = 8, 256  # at least: below, the compiled kernel gains nothing
-THOUSANDS = 2048  # keys, from which on it gains on every processor
+MANY = 1 << 20
 
 
 class Request(NamedTuple):
@@ -33,8 +33,8 @@ class Request(NamedTuple):
     gradients: bool = False
     batch: int = 1
     bias_by_query: bool = False
-    many_keys: bool = False
-    thousands_of_keys: bool = False
+    queries: int = 0  # of a head; this and the keys rounded down to a power of two
+    keys: int = 0
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, bias: Tensor | None, column_sums: bool) -> 'Request':
@@ -43,9 +43,12 @@ class Request(NamedTuple):
             q.device.type, q.dtype, q.shape[-1], bias is not None, column_sums,
             _is_long(q, k), torch.is_grad_enabled(), len(q),
             bias is not None and bias.shape[-2] > 1,
-            q.shape[2] >= NATIVE_QUERIES and k.shape[2] >= NATIVE_KEYS,
-            k.shape[2] >= THOUSANDS,
+            _power_of_two(q.shape[2]), _power_of_two(k.shape[2]),
         )  # fmt: skip
+
+
+def _power_of_two(count: int) -> int:
+    return 1 << (count.bit_length() - 1) if count else 0
 
 
 def _is_long(q: Tensor, k: Tensor) -> bool:
@@ -89,14 +92,14 @@ def native_refusal(request: Request, bytes_stored: bool = False) -> str | None:
         return f'serves heads of width {native.WIDTH}, not {request.head_dim}'
     if request.batch != 1 or request.bias_by_query:
         return 'serves one stream whose queries see the same keys'
-    if not request.many_keys:
+    if request.queries < NATIVE_QUERIES or request.keys < NATIVE_KEYS:
         return f'pays from {NATIVE_QUERIES} queries and {NATIVE_KEYS} keys on'
     if (why_not := native.unavailable()) is not None:
         return why_not
     variant = native.variant_here()
     if request.column_sums and not variant.has_fast_column_sums:
         return f'leaves column sums to PyTorch, which is as fast with {variant.name}'
-    if variant.min_keys > NATIVE_KEYS and not (request.thousands_of_keys or bytes_stored):
+    if request.keys < variant.min_keys and not bytes_stored:
         return f'pays from {variant.min_keys} keys on with {variant.name}'
     return None
 

@@ -63,10 +63,16 @@ def explain_stream(
     """
     request = registry.Request(
         device.type, dtype, head_dim, bias=column_sums, column_sums=column_sums,
-        long_cache=True, many_keys=True, thousands_of_keys=True,
+        long_cache=True, queries=registry.MANY, keys=registry.MANY,
     )  # fmt: skip
     if not bits:
-        return registry.explain(request)
+        short = registry.explain(request._replace(long_cache=False, keys=registry.NATIVE_KEYS))
+        return {
+            name: said
+            if said == short[name]
+            else f'{said} with many keys; with few: {short[name]}'
+            for name, said in registry.explain(request).items()
+        }
     if device.type == 'cuda':
         first, second, why_not = 'triton', 'widened', triton_support.unavailable(dtype)
     else:

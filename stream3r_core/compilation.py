@@ -32,9 +32,11 @@ def compile_network(model: CausalVGGT) -> CausalVGGT:
 def _static_parts(model: CausalVGGT) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
     """Yield modules whose inputs keep their shape, and what they are called with besides."""
     outside = torch.compiler.disable(attend)
-    for module in (model.aggregator.patch_embed, model.depth_head, model.point_head):
+    encoder = model.aggregator.patch_embed
+    is_convolutional = model.config.encoder == 'conv'
+    for module in (model.depth_head, model.point_head, *([encoder] if is_convolutional else [])):
         yield module, {}
-    for block in model.aggregator.frame_blocks:
+    for block in (*model.aggregator.frame_blocks, *([] if is_convolutional else encoder.blocks)):
         yield block, {'attention': outside}
     for block in model.aggregator.global_blocks:
         yield block.mlp, {}
@@ -46,7 +48,10 @@ class _CompiledForward:
     def __init__(self, module: nn.Module, options: dict[str, Any]):
         self.name, self.options = type(module).__name__, options
         self.plain = module.forward
-        self.compiled = torch.compile(module.forward, dynamic=False)
+        try:
+            self.compiled = torch.compile(module.forward, dynamic=False)
+        except RuntimeError as error:  # a Python that this PyTorch cannot compile for
+            self._give_up(error)
 
     def __call__(self, *args, **kwargs):
         """Call the module."""
@@ -54,10 +59,10 @@ class _CompiledForward:
             try:
                 return self.compiled(*args, **self.options, **kwargs)
             except torch._dynamo.exc.TorchDynamoException as error:
-                self.compiled = None
-                _log.warning(
-                    '%s could not be compiled and runs uncompiled: %s',
-                    self.name,
-                    first_line(getattr(error, 'inner_exception', error)),
-                )
+                self._give_up(getattr(error, 'inner_exception', error))
         return self.plain(*args, **kwargs)
+
+    def _give_up(self, error: BaseException) -> None:
+        self.compiled = None
+        text = '%s could not be compiled and runs uncompiled: %s'
+        _log.warning(text, self.name, first_line(error))

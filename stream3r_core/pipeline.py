@@ -12,9 +12,9 @@ from stream3r_core.config import CoreConfig, MappingConfig, WeightsConfig
 from stream3r_core.errors import ConfigError, InputError, first_line
 from stream3r_core.geometry import transform_points
 from stream3r_core.image import prepare_photos
+from stream3r_core.int8_weights import with_int8_weights
 from stream3r_core.kernels.processor import has_bfloat16
 from stream3r_core.mapping import VoxelMap
-from stream3r_core.model.int8 import with_int8_weights
 from stream3r_core.session import StreamSession, to_prediction
 from stream3r_core.types import FramePrediction
 
@@ -80,13 +80,9 @@ class Reconstructor:
             world_points=None if points is None else transform_points(T, points),
         )
 
-    def configure(self, mapping: MappingConfig, depth_is_read: bool = True) -> None:
-        """Replace the thresholds of the points to come.
-
-        ``depth_is_read``: by others than the map. If not, a map of points needs no depth head.
-        """
+    def configure(self, mapping: MappingConfig) -> None:
+        """Replace the thresholds of the points to come."""
         self.map.config = mapping
-        self.session.outputs = needed_outputs(mapping, depth_is_read)
 
     def figures(self) -> dict[str, int]:
         """Figures of the back end: there is none."""
@@ -134,16 +130,17 @@ def make_session(model, config: CoreConfig) -> StreamSession:
         model,
         **dataclasses.asdict(config.session),
         image=config.image,
-        outputs=needed_outputs(config.mapping),
+        outputs=needed_outputs(config),
         cache=config.cache_paper if config.session.mode == 'stac_paper' else config.cache,
     )
 
 
-def needed_outputs(mapping: MappingConfig, depth_is_read: bool = True) -> tuple[str, ...]:
-    """Return the dense heads that the map and others read; poses are always computed."""
-    if mapping.source == 'depth':
-        return ('depth',)
-    return ('depth', 'points') if depth_is_read else ('points',)
+def needed_outputs(config: CoreConfig) -> tuple[str, ...]:
+    """Return the dense heads that are read; poses are always computed.
+
+    Depth and its confidence always are: tracking state and covariances are fitted to them.
+    """
+    return ('depth', 'points') if config.mapping.source == 'points' else ('depth',)
 
 
 def reconstruct_photos(model, images: Iterable, config: CoreConfig) -> Iterator[FramePrediction]:
@@ -154,9 +151,7 @@ def reconstruct_photos(model, images: Iterable, config: CoreConfig) -> Iterator[
     """
     frames, geometries = prepare_photos(images, config.image, model.config)
     with torch.inference_mode():
-        raw = model(
-            frames[None].to(model.device), mode='full', outputs=needed_outputs(config.mapping)
-        )
+        raw = model(frames[None].to(model.device), mode='full', outputs=needed_outputs(config))
     raw.pop('pose_enc_list')
     for index, geometry in enumerate(geometries):
         one = {name: value[0, index] for name, value in raw.items()}
@@ -182,7 +177,8 @@ def load_configured_model(config: WeightsConfig):
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             f'{config.preset} does not fit into the memory of {device}: free some, raise '
-            f'model.max_gpu_memory, or use a smaller model.dtype ({first_line(error)})'
+            'model.max_gpu_memory, or use a smaller model.dtype or model.weight_dtype '
+            f'({first_line(error)})'
         ) from error
     return compile_network(model) if config.compile else model
 

@@ -255,7 +255,7 @@ class StreamSession:
             view = self._gate.look(frame)
             T_camera_world, _ = decode_pose(raw['pose_enc'][i], *frames.shape[-2:])
             T_world_camera = invert_se3(T_camera_world)
-            depth = raw['world_points'][i, ..., 2] if 'depth' not in raw else raw['depth'][i]
+            depth, _ = _depth_of({name: value[i] for name, value in raw.items()}, T_camera_world)
             still.append(self._gate.is_still(view, T_world_camera, depth))
             if not still[i]:
                 self._gate.keep(view, T_world_camera)
@@ -313,6 +313,13 @@ def _intrinsics(K) -> Tensor:
     return K
 
 
+def _depth_of(raw: dict[str, Tensor], T_camera_world: Tensor) -> tuple[Tensor, Tensor]:
+    """Return depth and confidence [H, W] of one frame; without a depth head, of its points."""
+    if 'depth' in raw:
+        return raw['depth'][..., 0], raw['depth_conf']
+    return transform_points(T_camera_world, raw['world_points'])[..., 2], raw[_POINTS_CONF]
+
+
 @torch.inference_mode()
 def to_prediction(
     raw: dict[str, Tensor],
@@ -328,11 +335,7 @@ def to_prediction(
     T_camera_world, K = decode_pose(raw['pose_enc'].float(), height, width)
     if K_camera is not None:
         K = geometry.network_K(K_camera).to(K)
-    depth, confidence = (
-        (raw['depth'][..., 0], raw['depth_conf'])
-        if 'depth' in raw
-        else (transform_points(T_camera_world, raw['world_points'])[..., 2], raw[_POINTS_CONF])
-    )
+    depth, confidence = _depth_of(raw, T_camera_world)
     return FramePrediction(
         index=index,
         stamp_ns=stamp_ns,

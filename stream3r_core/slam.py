@@ -251,8 +251,8 @@ class SubmapReconstructor:
         if worker is not None:
             worker.close(drop=True)
 
-    def configure(self, mapping: MappingConfig, depth_is_read: bool = True) -> None:
-        """Replace the thresholds of the points to come; keyframes read the depth always."""
+    def configure(self, mapping: MappingConfig) -> None:
+        """Replace the thresholds of the points to come."""
         self.backend.configure(mapping)
 
     def figures(self) -> dict[str, int]:

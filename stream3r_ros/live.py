@@ -130,8 +130,7 @@ class LiveReconstruction:
         if self._is_new:
             T_map_world = self._placement.map_of_first_camera(frame, stamp, config)
             self._publishers.outputs.lay(T_map_world)
-        depth_is_read = self._publishers.reads_depth or config.scale.source == 'depth'
-        self._reconstructor.configure(config.mapping, depth_is_read)
+        self._reconstructor.configure(config.mapping)
         self._seen.append(SeenImage(stamp, frame, lens))
         self._config = config
         self._stamps.note(stamp)

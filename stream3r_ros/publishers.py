@@ -25,7 +25,6 @@ SWITCHES = {
     '~/depth/sigma': 'depth_sigma',
     '~/cloud': 'cloud',
 }
-_OF_DEPTH = ('~/depth/image', '~/depth/confidence', '~/depth/sigma', '~/cloud')
 
 
 class Publishers:
@@ -112,11 +111,6 @@ class Publishers:
     def publish_map(self, cloud: MapCloud | MapView, stamp_ns: int, world: WorldInMap) -> None:
         """Send the accumulated map, given in the world frame."""
         self._send('~/map', self.outputs.map(cloud, stamp_ns, world))
-
-    @property
-    def reads_depth(self) -> bool:
-        """Whether anybody listens to what is made from the depth of a frame."""
-        return any(self._is_wanted(topic) for topic in _OF_DEPTH)
 
     @property
     def num_followers(self) -> int:

@@ -95,7 +95,7 @@ class Network:
     @property
     def recon_outputs(self) -> tuple[str, ...]:
         """Dense heads that a reconstruction needs."""
-        return needed_outputs(self.config.mapping)
+        return needed_outputs(self.config)
 
 
 def _listed(answer) -> list[FramePrediction]:

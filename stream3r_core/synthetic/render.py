@@ -158,7 +158,7 @@ def _sky(rays: Tensor) -> Tensor:
     """Blue overhead, white at the horizon."""
     height = F.normalize(rays, dim=-1)[..., 2:].clamp(min=0)
     horizon, zenith = rays.new_tensor([0.85, 0.88, 0.9]), rays.new_tensor([0.3, 0.5, 0.85])
-    return horizon + height * (zenith - horizon)
+    return (horizon + height * (zenith - horizon)) ** 2.2  # colours as seen, to light
 
 
 def _albedo(

@@ -42,7 +42,9 @@ def require_single_answer(model: CausalVGGT) -> None:
 
 
 @torch.no_grad()
-def fit_pose_layer(model: CausalVGGT, batches: Iterable[Batch], ridge: float = 30.0) -> CausalVGGT:
+def fit_pose_layer(
+    model: CausalVGGT, batches: Iterable[Batch], bf16: bool = True, ridge: float = 30.0
+) -> CausalVGGT:
     """Set the last layer of the camera head by least squares on ``batches``, in place.
 
     A network that has learned its depth and matches first carries the rotation in its camera
@@ -52,7 +54,7 @@ def fit_pose_layer(model: CausalVGGT, batches: Iterable[Batch], ridge: float = 3
     last, features, answers = model.camera_head.pose_branch.fc2, [], []
     handle = last.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].float()))
     for batch in batches:
-        with torch.autocast(batch.images.device.type, torch.bfloat16):
+        with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=bf16):
             model(batch.images, mode='causal', outputs=())
         answers.append(make_targets(batch).pose_enc)
     handle.remove()

@@ -1,4 +1,4 @@
-"""Supervised matching: one attention head is shown which patches of two frames see the same place.
+"""Supervised matching: attention heads are shown which patches of two frames see the same place.
 
 Left alone, a network of this kind spends most of a short training before its global attention
 finds out that frames overlap. The true correspondences are known here, so that chosen heads are
@@ -58,7 +58,8 @@ def matching_loss(
 
     First the cross-entropy, then how far the mean position that a head looks at lies from the
     match, in patches: a distribution over patches can be nearly right and its mean half a patch
-    off. Both are means over the heads.
+    off. Both are means over the heads. All earlier frames count, in every step: what a window or a
+    forgotten token hides in one, others show.
     """
     target, known = patch_matches(batch, patch_size)  # [B, S, S, N, N], [B, S, S, N]
     frames, (height, width) = batch.images.shape[1], batch.images.shape[-2:]

@@ -58,9 +58,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """Return U V^T of each U S V^T in ``matrices`` [n, rows, columns], to about 30 %.
+    """Return nearly U V^T of each U S V^T in ``matrices`` [n, rows, columns].
 
-    Singular values end between 0.7 and 1.2, which is near enough for a direction.
+    Singular values end between 0.7 and 1.2, but for those below a hundredth of the largest, which
+    the few steps leave smaller: near enough for a direction.
     """
     x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
     tall = x.shape[1] > x.shape[2]

@@ -1,6 +1,7 @@
 """Entry to a training run; started by ``stream3r train`` or through the Accelerate launcher."""
 
 import argparse
+import dataclasses
 import importlib.util
 from datetime import timedelta
 from pathlib import Path
@@ -28,8 +29,10 @@ def main(
     folder.mkdir(parents=True, exist_ok=True)
     has_gpu = device != 'cpu' and torch.cuda.is_available()
     likely = torch.device('cuda' if has_gpu else 'cpu')  # Accelerate wants to know before it says
+    # What a checkpoint says: a run resumed where 'auto' means something else is refused.
+    config = dataclasses.replace(config, precision=mixed_precision(config, likely))
     accelerator = Accelerator(
-        mixed_precision=mixed_precision(config, likely),
+        mixed_precision=config.precision,
         cpu=device == 'cpu',
         log_with=_trackers(),
         project_dir=folder,

@@ -69,6 +69,7 @@ class Trainer:
         self.model, *self.optimizers = accelerator.prepare(self.network, *optimizers)
         self.objective = make_objective(config, accelerator.device)
         self.data = DataMixture(config, accelerator.process_index, accelerator.device)
+        self.bf16 = mixed_precision(config, accelerator.device) == 'bf16'
         self.step = 0
 
     def train_step(self) -> dict[str, Tensor]:
@@ -116,7 +117,8 @@ class Trainer:
         count = self.config.fit_pose_batches
         first = self.config.total_steps * self.config.optimizer.accumulate
         draws = range(first, first + count)
-        fit_pose_layer(self.network, (self.data.batch(self.step, draw) for draw in draws))
+        batches = (self.data.batch(self.step, draw) for draw in draws)
+        fit_pose_layer(self.network, batches, self.bf16)
         # Each process has fitted its own batches; one network goes on.
         broadcast([p.data for p in self.network.camera_head.pose_branch.fc2.parameters()])
         self.averaged.load_state_dict(self.network.state_dict())
@@ -125,8 +127,7 @@ class Trainer:
         """Measure the averaged weights on the held-out sequences, seen as in training."""
         sight = Visibility.of(self.config.stage_at(self.step).windows[0])
         batches = self.data.held_out(self.step)
-        bf16 = mixed_precision(self.config, self.accelerator.device) == 'bf16'
-        return validate(self.averaged, batches, sight.mode, sight.window, bf16)
+        return validate(self.averaged, batches, sight.mode, sight.window, self.bf16)
 
     def save(self) -> None:
         """Write a checkpoint; a kill in between leaves the previous one."""

@@ -48,8 +48,34 @@ def test_what_cannot_be_compiled_says_so_once_and_runs_as_it_was(monkeypatch, ca
         for expected, actual in zip(answers(golden_network('stream3r')), answers(model)):
             torch.testing.assert_close(actual, expected, atol=0, rtol=0)
     warnings = [r.getMessage() for r in caplog.records if 'uncompiled' in r.getMessage()]
-    parts = 3 + len(model.aggregator.frame_blocks) + len(model.aggregator.global_blocks)
+    aggregator = model.aggregator
+    blocks = (aggregator.frame_blocks, aggregator.global_blocks, aggregator.patch_embed.blocks)
+    parts = 2 + sum(map(len, blocks))
     assert len(warnings) == parts and all('no compiler' in w for w in warnings)
+
+
+def test_where_nothing_can_be_compiled_all_runs_as_it_was(monkeypatch, caplog):
+    def refuse(*args, **kwargs):
+        raise RuntimeError('not for this Python')
+
+    monkeypatch.setattr(torch, 'compile', refuse)
+    model = compile_network(copy.deepcopy(golden_network('stream3r')))
+    torch.testing.assert_close(answers(model), answers(golden_network('stream3r')), atol=0, rtol=0)
+    assert 'not for this Python' in caplog.text
+
+
+def test_the_choice_of_attention_is_not_compiled(monkeypatch):
+    traced = []
+
+    def record(graph, inputs):
+        traced.append(graph)
+        return graph.forward
+
+    compiled = functools.partial(torch.compile, backend=record)
+    monkeypatch.setattr(torch, 'compile', compiled)
+    answers(compile_network(copy.deepcopy(golden_network('stream3r'))))
+    text = '\n'.join(graph.code for graph in traced)
+    assert traced and 'linear' in text and 'scaled_dot_product' not in text
 
 
 @pytest.mark.parametrize('wanted', [True, False])

@@ -8,7 +8,7 @@ from golden_data import golden_network, images
 
 from stream3r_core import StreamSession
 from stream3r_core.config import WeightsConfig
-from stream3r_core.model.int8 import Int8Linear, parameter_bytes, with_int8_weights
+from stream3r_core.int8_weights import Int8Linear, parameter_bytes, with_int8_weights
 from stream3r_core.pipeline import load_configured_model
 
 

@@ -251,3 +251,14 @@ def test_without_the_depth_head_depth_is_that_of_the_points_and_poses_are_the_sa
             torch.testing.assert_close(actual.depth, expected.depth)
     bounded = StreamSession(model, mode='stac', outputs=('depth',))
     assert bounded.outputs == ('depth', 'points')  # its memory reads them
+
+
+def test_stillness_is_judged_by_the_depth_of_the_frame_also_without_a_depth_head():
+    cache = CacheConfig(skip_still=True, max_bytes=2_000_000)
+    session = StreamSession(golden_network('stream3r'), 'stac', outputs=('points',), cache=cache)
+    judged = []
+    session._gate.is_still = lambda view, T_world_camera, depth: judged.append(depth) or False
+    for image in np.random.default_rng(1).integers(0, 256, (2, 42, 70, 3), dtype=np.uint8):
+        prediction = session.step(image)
+        assert torch.equal(judged[-1], prediction.depth)
+        assert not torch.allclose(judged[-1], prediction.world_points[..., 2], rtol=0.1)

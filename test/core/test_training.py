@@ -67,6 +67,7 @@ def recipe(steps=6, **changes):
         size_hw=(24, 32),
         windows=(0, 2),
         keep=(1.0, 0.5) if dense else (1.0,),
+        dense_share=0.5 if dense else 1.0,
     )
     config = TrainingConfig(
         model=SMALL,
@@ -79,7 +80,7 @@ def recipe(steps=6, **changes):
         taught=(TaughtHead(layer=1), TaughtHead(2, 1, 'anchor')) if dense else (),
         match_position_weight=0.1,
         loss=changes.get('loss', 'dense'),
-        optimizer=OptimizerConfig(lr=4e-3, warmup_steps=2, ema_decay=0.9),
+        optimizer=OptimizerConfig(name='muon', lr=4e-3, warmup_steps=2, ema_decay=0.9),
     )
     return dataclasses.replace(config, **changes)
 

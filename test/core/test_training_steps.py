@@ -272,13 +272,12 @@ def test_only_some_frames_of_a_clip_have_dense_maps_and_targets():
     torch.testing.assert_close(some['pose_enc'], every['pose_enc'])
 
 
-@pytest.mark.parametrize('shape', [(24, 8), (8, 24)])
+@pytest.mark.skipif(not hasattr(torch.optim, 'Muon'), reason='torch.optim.Muon: torch >= 2.9')
+@pytest.mark.parametrize('shape', [(24, 8), (8, 24), (16, 16)])
 def test_muon_steps_as_pytorchs(shape):
     torch.manual_seed(0)
     mine, theirs = (torch.nn.Parameter(x) for x in torch.randn(1, *shape).repeat(2, 1, 1))
     ours = Muon([mine], lr=0.01, weight_decay=0.1)
-    if not hasattr(torch.optim, 'Muon'):
-        pytest.skip('torch.optim.Muon came with torch 2.9')
     reference = torch.optim.Muon(
         [theirs], lr=0.01, weight_decay=0.1, adjust_lr_fn='match_rms_adamw'
     )
@@ -290,9 +289,26 @@ def test_muon_steps_as_pytorchs(shape):
         step = (theirs - before).norm()
         assert (mine - theirs).norm() < 0.05 * step  # theirs multiplies in bfloat16
         theirs.data.copy_(mine)
-    update = orthogonal(torch.randn(1, *shape))[0]
-    singular = torch.linalg.svdvals(update)
-    assert singular.min() > 0.5 and singular.max() < 1.3
+
+
+def test_an_orthogonal_matrix_has_the_singular_vectors_of_its_origin():
+    torch.manual_seed(0)
+    U, _, Vh = torch.linalg.svd(torch.randn(2, 16, 16))
+    nearly = orthogonal(U @ torch.diag(torch.logspace(-1.5, 0, 16)) @ Vh)
+    turned = U.mT @ nearly @ Vh.mT
+    singular = turned.diagonal(dim1=1, dim2=2)
+    assert singular.min() > 0.65 and singular.max() < 1.25
+    assert (turned - torch.diag_embed(singular)).abs().max() < 1e-3
+
+
+def test_a_stage_can_shift_the_principal_point():
+    K = {
+        shift: DataMixture(recipe(stages=(StageConfig(principal_shift=shift),))).batch(0, 0).K
+        for shift in (0.0, 0.1)
+    }
+    assert (K[0.0][..., :2, 2] == torch.tensor([32.0, 24.0])).all()
+    off = (K[0.1][..., :2, 2] / torch.tensor([64.0, 48.0]) - 0.5).abs()
+    assert 0.02 < off.max() <= 0.1 and torch.equal(K[0.0][..., 0, 0], K[0.1][..., 0, 0])
 
 
 class Answers:

@@ -115,7 +115,7 @@ def test_it_serves_streams_on_a_cpu_and_leaves_the_rest_to_others(variant):
     assert (registry.choose(short).name == 'native') == is_fast
     assert (registry.choose(request._replace(column_sums=True)).name == 'native') == is_fast
     for other in (
-        {'gradients': True}, {'batch': 2}, {'bias_by_query': True}, {'many_keys': False},
+        {'gradients': True}, {'batch': 2}, {'bias_by_query': True}, {'keys': 128}, {'queries': 4},
         {'head_dim': 32}, {'dtype': torch.float16}, {'device': 'cuda'},
     ):  # fmt: skip
         assert registry.choose(request._replace(**other)).name != 'native', other
@@ -164,6 +164,25 @@ def test_without_the_instructions_others_serve_and_it_is_said(fresh, monkeypatch
     monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: 'DEFAULT')
     told = explain_stream(torch.device('cpu'), torch.bfloat16, 64, column_sums=False)
     assert told['native'] == 'needs a processor with AVX2 and FMA, or AVX-512'
-    assert told['blocks'] == 'runs'
+    assert told['blocks'].startswith('runs with many keys; with few: pays')
     codes = explain_stream(torch.device('cpu'), torch.bfloat16, 64, False, bits=8)
     assert codes == {'native': told['native'], 'blocks': 'runs'}
+
+
+def test_where_the_compiler_does_not_know_a_processor_the_next_kernel_serves(fresh, monkeypatch):
+    first, *others = native.VARIANTS
+    unknown = first._replace(flags='-mno-such-instructions', runs_here=lambda: True)
+    monkeypatch.setattr(native, 'VARIANTS', (unknown, *others))
+    if any(variant.runs_here() for variant in others):
+        assert native.unavailable() is None and native.variant_here() == others[0]
+    else:
+        assert 'cannot compile native_avx512.c' in native.unavailable()
+
+
+def test_what_is_explained_tells_few_keys_from_many(variant):
+    told = explain_stream(torch.device('cpu'), torch.float32, 64, column_sums=False)
+    if variant == 'avx512':
+        assert told['native'] == 'runs'
+    else:
+        assert told['native'] == 'runs with many keys; with few: pays from 2048 keys on with avx2'
+        assert told['sdpa'] == 'could run with many keys; with few: runs'

@@ -398,28 +398,3 @@ def test_images_that_the_node_was_too_slow_to_take_are_counted(inside, node):
     take()
     assert losses() == {'unread': 15}
     executor.shutdown()
-
-
-@pytest.mark.parametrize(
-    'parameters, listened, runs',
-    [
-        ({'mapping.source': 'points'}, [], False),
-        ({'mapping.source': 'points'}, ['~/depth/image'], True),
-        ({'mapping.source': 'points'}, ['~/cloud'], True),
-        ({'mapping.source': 'points', 'scale.source': 'depth'}, [], True),
-        ({'mapping.source': 'depth'}, [], True),
-    ],
-)
-def test_the_depth_head_runs_when_somebody_reads_depth(
-    reconstruct, listen, model, monkeypatch, parameters, listened, runs
-):
-    live, config = reconstruct(**parameters)
-    for topic in listened:
-        listen(topic)
-    calls, forward = [], model.depth_head.forward
-    monkeypatch.setattr(
-        model.depth_head, 'forward', lambda *args: calls.append(1) or forward(*args)
-    )
-    live.process(image(0), config)
-    live.process(image(1), config)
-    assert bool(calls) == runs

@@ -7,26 +7,29 @@ from stream3r_core.kernels.quantized import quantize
 from stream3r_core.model.blocks import Attention, Mlp
 from stream3r_core.model.network import CausalVGGT
 
+_UNIT = 1 / 128  # codes of the size of weights: exact in every type, and no sum leaves float16
+
 
 class Int8Linear(nn.Module):
     """A linear layer that keeps each row of its weights as codes of 8 bits and one scale.
 
-    They are widened to the type of the input for every product, so that products, sums and biases
-    are those of an ordinary layer.
+    They are widened to the type of the input for every product; the scales are applied to the
+    sums, in float32.
     """
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
         codes, scale = quantize(linear.weight.detach(), 8)
         self.register_buffer('codes', codes)  # [out, in] int8
-        self.register_buffer('scale', scale)  # [out, 1] float32
+        self.register_buffer('factor', scale[:, 0] / _UNIT)  # [out] float32
         self.bias = linear.bias
         # Whoever calls a layer asks its weights for the type that it multiplies in.
         self.register_buffer('weight', linear.weight.new_empty(0), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., in] to [..., out]."""
-        return F.linear(x, self.codes.to(x.dtype) * self.scale.to(x.dtype), self.bias)
+        products = F.linear(x, self.codes.to(x.dtype) * _UNIT)
+        return (products * self.factor + self.bias).to(x.dtype)
 
 
 def with_int8_weights(network: CausalVGGT) -> CausalVGGT:
