@@ -4,7 +4,7 @@ import functools
 import json
 import time
 from collections import defaultdict
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from stream3r_core.checkpoints import load_model
-from stream3r_core.config import model_config, to_dict
+from stream3r_core.config import from_dict, model_config, to_dict
 from stream3r_core.errors import CheckpointError, ConfigError, Stream3rError
 from stream3r_core.model.network import CausalVGGT
 from stream3r_core.training.checkpointing import (
@@ -199,8 +199,13 @@ class Trainer:
 
 
 def require_same_recipe(folder: Path, recipe: dict) -> None:
-    """Refuse to go on with another recipe than the one a checkpoint was made with."""
+    """Refuse to go on with another recipe than the one a checkpoint was made with.
+
+    Options that came later have their defaults in an older checkpoint.
+    """
     old, new = read_run(folder)['recipe'], json.loads(json.dumps(recipe))
+    with suppress(ConfigError):  # of an option that is gone: compared as it stands
+        old = json.loads(json.dumps(to_dict(from_dict(TrainingConfig, old))))
     for name in sorted(old.keys() | new.keys()):
         if name not in _MAY_CHANGE and old.get(name) != new.get(name):
             raise CheckpointError(

@@ -352,6 +352,10 @@ def test_a_run_goes_on_only_with_its_own_recipe_and_forgets_later_lines(tmp_path
     for changes in ({'seed': 9}, {'freeze': ('aggregator',)}, {'model': TRACKED}):
         with pytest.raises(CheckpointError, match=next(iter(changes))):
             main(dataclasses.replace(config, **changes), tmp_path, device='cpu')
+    saved = tmp_path / 'step_00000002' / 'run.json'
+    older = json.loads(saved.read_text())
+    del older['recipe']['stages'][0]['principal_shift']  # made before there was this option
+    saved.write_text(json.dumps(older))
     with (tmp_path / 'log.jsonl').open('a') as file:
         file.write(json.dumps({'kind': 'validation', 'step': 3, 'abs_rel': 0.0}) + '\n')
     main(dataclasses.replace(config, save_every=2), tmp_path, device='cpu')
