@@ -46,9 +46,10 @@ def main(
     accelerator.init_trackers('tensorboard')
     trainer = Trainer(config, folder, accelerator)
     resumed = trainer.resume()
+    where = f'{accelerator.device}, {accelerator.num_processes} processes'
     accelerator.print(
-        f'training from step {trainer.step}{" (resumed)" if resumed else ""} on '
-        f'{accelerator.device}, {accelerator.num_processes} processes, precision {config.precision}'
+        f'training from step {trainer.step}{" (resumed)" if resumed else ""} on {where}, '
+        f'precision {config.precision}'
     )
     trainer.run(stop_at)
     accelerator.end_training()
