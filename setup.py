@@ -59,7 +59,17 @@ setup(
         'trimesh',
     ],
     extras_require={
-        'test': ['pytest', 'hypothesis', 'psutil', 'ruff', 'triton', 'wheel', *backend, *train],
+        'test': [
+            'pytest',
+            'pytest-xdist',
+            'hypothesis',
+            'psutil',
+            'ruff',
+            'triton',
+            'wheel',
+            *backend,
+            *train,
+        ],
         'backend': backend,
         'gpu': ['triton', 'flash-attn'],
         'open3d': ['open3d'],

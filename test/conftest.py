@@ -7,6 +7,11 @@ from pathlib import PurePath
 # Before torch is loaded: on a busy machine its threads otherwise burn tenfold time in waiting.
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
+# Test processes side by side (pytest -n) share the cores, or they would wait for each other.
+if workers := os.environ.get('PYTEST_XDIST_WORKER_COUNT'):
+    threads = max(1, (os.cpu_count() or 1) // int(workers))
+    os.environ.setdefault('OMP_NUM_THREADS', str(threads))
+
 import pytest
 
 # A shell that starts us in the background ignores SIGINT for all that follows: children that are

@@ -7,9 +7,10 @@ from stream3r_core.synthetic.clips import (
     render_sequence,
     sample_clips,
 )
-from stream3r_core.synthetic.trajectories import DRONE, HAND_HELD, WHEELED, Motion
+from stream3r_core.synthetic.trajectories import CALM, DRONE, HAND_HELD, WHEELED, Motion
 
 __all__ = [
+    'CALM',
     'DRONE',
     'HAND_HELD',
     'WHEELED',

@@ -29,6 +29,9 @@ class Motion:
 
 
 HAND_HELD = Motion()
+CALM = Motion(  # carried by somebody who looks at what he records
+    speed_m_s=(0.3, 0.8), turn_deg_s=(3.0, 10.0), vertical=0.3, tilt=0.3, height_m=(1.2, 1.6)
+)
 WHEELED = Motion(
     turn_deg_s=(4.0, 45.0),
     vertical=0.0,

@@ -160,6 +160,7 @@ def held_out_batches(
         fps=HELD_OUT_FPS,
         fov_deg=tuple(stage.fov_deg),
         room_half_m=tuple(stage.room_half_m),
+        motion=MOTIONS[stage.motions[0]],
         texture_seed=HELD_OUT_TEXTURES,
     )
     for done in range(0, config.validation_scenes, _HELD_OUT_BATCH):

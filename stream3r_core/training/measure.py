@@ -13,25 +13,15 @@ from stream3r_core.model.network import CausalVGGT
 from stream3r_core.session import StreamSession
 from stream3r_core.synthetic import SyntheticSequence, render_sequence
 from stream3r_core.training.data import HELD_OUT_SEED, DataMixture
-from stream3r_core.training.settings import StageConfig, TrainingConfig
+from stream3r_core.training.settings import MOTIONS, StageConfig, TrainingConfig
 from stream3r_core.training.validation import angle_deg, validate
 
 STREAM_SEED = HELD_OUT_SEED + 1_000_000
 
 
-def measure_clips(
-    model: CausalVGGT,
-    scenes: int,
-    frames: int,
-    size_hw: tuple[int, int],
-    fov_deg: tuple[float, float],
-) -> dict:
-    """Return the means of :func:`validate` over held-out clips of hand-held motion, 10 Hz."""
-    config = TrainingConfig(
-        validation_scenes=scenes,
-        validation_frames=frames,
-        stages=(StageConfig(size_hw=size_hw, fov_deg=fov_deg),),
-    )
+def measure_clips(model: CausalVGGT, scenes: int, frames: int, family: StageConfig) -> dict:
+    """Return the means of :func:`validate` over held-out clips of a family of worlds, 10 Hz."""
+    config = TrainingConfig(validation_scenes=scenes, validation_frames=frames, stages=(family,))
     return validate(model, DataMixture(config).held_out(0), 'causal', bf16=False)
 
 
@@ -75,7 +65,13 @@ def main() -> None:
     parser.add_argument('--scenes', type=int, default=24)
     parser.add_argument('--frames', type=int, default=30)
     parser.add_argument(
-        '--fov-deg', nargs=2, type=float, default=(56.0, 70.0), help='horizontal, from and to'
+        '--fov-deg', nargs=2, type=float, default=(58.0, 66.0), help='horizontal, from and to'
+    )
+    parser.add_argument(
+        '--room-half-m', nargs=2, type=float, default=(2.2, 3.4), help='half the room, from and to'
+    )
+    parser.add_argument(
+        '--motion', choices=tuple(MOTIONS), default='calm', help='how the camera is carried'
     )
     parser.add_argument(
         '--stream', type=int, default=0, help='length of the long stream; 0 = none'
@@ -87,13 +83,19 @@ def main() -> None:
     model = load_model(None, options.weights, dtype=torch.float32)
     width = model.config.img_size
     size_hw = (width * 3 // 4, width)
+    family = StageConfig(
+        size_hw=size_hw,
+        fov_deg=tuple(options.fov_deg),
+        room_half_m=tuple(options.room_half_m),
+        motions=(options.motion,),
+    )
     result = {
         'weights_sha256': model.weights_info.sha256,
         'size_hw': size_hw,
-        'fov_deg': tuple(options.fov_deg),
-        'clips': measure_clips(
-            model, options.scenes, options.frames, size_hw, tuple(options.fov_deg)
-        ),
+        'fov_deg': family.fov_deg,
+        'room_half_m': family.room_half_m,
+        'motion': options.motion,
+        'clips': measure_clips(model, options.scenes, options.frames, family),
     }
     if options.stream:
         sequence = render_sequence(STREAM_SEED, options.stream, *size_hw)

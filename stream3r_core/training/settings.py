@@ -8,11 +8,11 @@ import yaml
 
 from stream3r_core.config import ModelConfig, from_dict, option
 from stream3r_core.errors import ConfigError, DataError
-from stream3r_core.synthetic import DRONE, HAND_HELD, WHEELED
+from stream3r_core.synthetic import CALM, DRONE, HAND_HELD, WHEELED
 from stream3r_core.synthetic.worlds import KINDS
 from stream3r_core.training.dense_loss import DenseLossConfig
 
-MOTIONS = {'hand_held': HAND_HELD, 'wheeled': WHEELED, 'drone': DRONE}
+MOTIONS = {'hand_held': HAND_HELD, 'calm': CALM, 'wheeled': WHEELED, 'drone': DRONE}
 
 
 def require(name: str, good: bool, got: object, expected: str) -> None:
@@ -54,7 +54,8 @@ class StageConfig:
     moving: float = option(0.0, 'share of furniture that moves', minimum=0.0, maximum=1.0)
     shadows: bool = option(False, 'cast shadows')
     motions: tuple[str, ...] = option(
-        ('hand_held',), 'ways to carry the camera; one is drawn per step'
+        ('hand_held',),
+        'ways to carry the camera; one is drawn per step, the first is validated',
     )
     worlds: tuple[str, ...] = option(('room',), 'kinds of worlds; one is drawn per step')
     windows: tuple[int, ...] = option(

@@ -11,6 +11,7 @@ from PIL import Image
 from stream3r_core.errors import ConfigError, OutputError
 from stream3r_core.geometry import invert_se3, transform_points, unproject_to_world
 from stream3r_core.synthetic import (
+    CALM,
     DRONE,
     HAND_HELD,
     WHEELED,
@@ -170,7 +171,9 @@ def test_a_sensor_exposes_each_clip_for_grey_and_stores_values_on_a_curve():
     assert torch.allclose(second / first, torch.tensor(2 ** (1 / 2.2)), atol=1e-4)
 
 
-@pytest.mark.parametrize(('motion', 'fastest'), [(HAND_HELD, 3.0), (WHEELED, 3.0), (DRONE, 6.0)])
+@pytest.mark.parametrize(
+    ('motion', 'fastest'), [(HAND_HELD, 3.0), (CALM, 3.0), (WHEELED, 3.0), (DRONE, 6.0)]
+)
 def test_cameras_move_smoothly_and_keep_away_from_things(motion, fastest):
     g = torch.Generator().manual_seed(8)
     world = make_world(12, g, 256)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from stream3r_core.errors import DataError
-from stream3r_core.synthetic import render_sequence
+from stream3r_core.synthetic import CALM, render_sequence
 from stream3r_core.synthetic.clips import texture_pool
 from stream3r_core.synthetic.folders import write_scene_folder
 from stream3r_core.training import data
@@ -134,6 +134,17 @@ def test_a_collection_is_shuffled_in_blocks():
     share = np.mean([any(in_blocks(r, size) for size in range(2, 10)) for r in ranks])
     assert share > 0.8  # block sizes are drawn from 2 .. 10, and 10 is any order
     assert (ranks != np.sort(ranks)).any(1).mean() > 0.9
+
+
+def test_held_out_cameras_are_carried_in_the_first_way_of_their_stage(monkeypatch):
+    """Validation and the tables of the model card are of the family that the stage names."""
+    drawn = []
+    monkeypatch.setattr(data, 'rendered', lambda count, clip, *_: drawn.append(clip))
+    stage = StageConfig(motions=('calm', 'drone'), room_half_m=(2.0, 3.0), fov_deg=(58.0, 66.0))
+    list(data.held_out_batches(TrainingConfig(validation_scenes=1), stage))
+    (clip,) = drawn
+    assert clip.motion is CALM
+    assert (clip.room_half_m, clip.fov_deg) == ((2.0, 3.0), (58.0, 66.0))
 
 
 def test_held_out_sequences_have_seeds_and_textures_that_training_never_draws(monkeypatch):
