@@ -1,7 +1,6 @@
 """From image to pose, depth and map: the one path that node, replay and demo share."""
 
 import dataclasses
-import logging
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -11,14 +10,13 @@ from stream3r_core.compilation import compile_network
 from stream3r_core.config import CoreConfig, MappingConfig, WeightsConfig
 from stream3r_core.errors import ConfigError, InputError, first_line
 from stream3r_core.geometry import transform_points
+from stream3r_core.gpu_memory import free_gpu_memory, is_out_of_memory, limit_gpu_memory
 from stream3r_core.image import prepare_photos
 from stream3r_core.int8_weights import with_int8_weights
 from stream3r_core.kernels.processor import has_bfloat16
 from stream3r_core.mapping import VoxelMap
 from stream3r_core.session import StreamSession, to_prediction
 from stream3r_core.types import FramePrediction
-
-_log = logging.getLogger(__name__)
 
 
 class Reconstructor:
@@ -174,27 +172,15 @@ def load_configured_model(config: WeightsConfig):
         )
         if is_small:
             with_int8_weights(model).to(device)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise ConfigError(
             f'{config.preset} does not fit into the memory of {device}: free some, raise '
             'model.max_gpu_memory, or use a smaller model.dtype or model.weight_dtype '
             f'({first_line(error)})'
         ) from error
     return compile_network(model) if config.compile else model
-
-
-def free_gpu_memory(device: torch.device) -> None:
-    """Give memory that PyTorch keeps for later back to the GPU, for others to use."""
-    if device.type == 'cuda':
-        torch.cuda.empty_cache()
-
-
-def limit_gpu_memory(fraction: float, device: torch.device) -> None:
-    """Let this process take at most a fraction of a GPU's memory; a CPU has no such limit."""
-    if device.type == 'cuda':
-        torch.cuda.set_per_process_memory_fraction(fraction, device.index)
-    else:
-        _log.warning('model.max_gpu_memory has no effect: the network runs on %s', device)
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -20,7 +20,8 @@ from stream3r_core.backend.sensors import Sensed
 from stream3r_core.backend.worker import BackendWorker
 from stream3r_core.config import CoreConfig, MappingConfig
 from stream3r_core.errors import ConfigError, DataError, InputError, NotLocalizedError
-from stream3r_core.pipeline import Reconstructor, free_gpu_memory, make_session
+from stream3r_core.gpu_memory import free_gpu_memory
+from stream3r_core.pipeline import Reconstructor, make_session
 from stream3r_core.types import FramePrediction
 
 
@@ -91,7 +92,7 @@ class SubmapReconstructor:
     def _begin_map(self, saved: str) -> None:
         options = self.config.backend
         kind = Localizer if options.localize_only else SubmapBackend
-        self.backend = kind(options, self.config.mapping, self._witness.predict_pairs)
+        self.backend = kind(options, self.config.mapping, self._witness.pairs_if_room)
         self.backend.network = self._witness.weights_sha256
         self._loaded_size_hw: tuple[int, int] | None = None  # of the images in a loaded map
         if saved:
@@ -175,7 +176,7 @@ class SubmapReconstructor:
 
     def _take(self, prediction: FramePrediction, frame_id: int) -> None:
         update = self.backend.track(prediction, frame_id, self._sense(prediction))
-        describe = partial(self._witness.describe, prediction.rgb.numpy())
+        describe = partial(self._witness.description_if_room, prediction.rgb.numpy())
         worker = self._worker or self.backend
         worker.follow(update, describe)
 
@@ -264,6 +265,7 @@ class SubmapReconstructor:
             'loops_verified': self.backend.num_loops,
             'corrections': self.num_moves,
             'backend_pending': 0 if self._worker is None else self._worker.num_pending,
+            'backend_out_of_memory': self._witness.num_out_of_memory,
         }
 
     def trajectory(

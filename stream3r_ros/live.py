@@ -15,6 +15,7 @@ import torch
 from stream3r_core.backend.sensors import Sensed
 from stream3r_core.errors import InputError, NotLocalizedError, first_line
 from stream3r_core.evaluation.trajectory import Trajectory
+from stream3r_core.gpu_memory import is_out_of_memory
 from stream3r_core.image import prepare
 from stream3r_core.pipeline import incomplete_memory
 from stream3r_core.slam import SubmapReconstructor, make_reconstructor
@@ -188,15 +189,12 @@ class LiveReconstruction:
         num_waiting = self.num_waiting
         try:
             return produce()
-        except torch.OutOfMemoryError as error:
-            self._count_lost_of_chunk(num_waiting)
-            reason = first_line(error)
         except Exception as error:
             self._count_lost_of_chunk(num_waiting)
-            if self._reconstructor.session.is_broken:
-                self._begin_from_trusted_pose('incomplete_memory')
-                raise incomplete_memory(error) from error
-            raise
+            if not is_out_of_memory(error):
+                self._give_up_incomplete_memory(error)
+                raise
+            reason = first_line(error)
         # Outside the handler: the exception holds the tensors of the failed image.
         self._reconstructor.release_session()
         self._begin_from_trusted_pose('out_of_memory')
@@ -207,6 +205,12 @@ class LiveReconstruction:
         )
         self._report_memory(text)
         raise InputError(text)
+
+    def _give_up_incomplete_memory(self, error: Exception) -> None:
+        """Where an error has left the memory of the stream incomplete, a new session begins."""
+        if self._reconstructor.session.is_broken:
+            self._begin_from_trusted_pose('incomplete_memory')
+            raise incomplete_memory(error) from error
 
     def _count_lost_of_chunk(self, num_waiting: int) -> None:
         self.num_lost += max(0, num_waiting - self.num_waiting)

@@ -1,13 +1,18 @@
 """The network as witness of revisits: descriptors of views, and pairs of them seen together."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
 from stream3r_core.backend.keyframes import Keyframe
 from stream3r_core.backend.verification import PairView
+from stream3r_core.errors import first_line
 from stream3r_core.geometry import decode_pose, invert_se3
+from stream3r_core.gpu_memory import free_gpu_memory, is_out_of_memory
+
+_log = logging.getLogger(__name__)
 
 
 class NetworkWitness:
@@ -18,6 +23,39 @@ class NetworkWitness:
 
     def __init__(self, model):
         self._model = model
+        self.num_out_of_memory = 0  # questions that were given up, for a GPU had no room
+
+    def description_if_room(self, rgb: np.ndarray) -> np.ndarray | None:
+        """As :meth:`describe`; None where the GPU has no room: nobody recognises it later."""
+        return self._if_room(lambda: self.describe(rgb), None)
+
+    def pairs_if_room(
+        self, pairs: Sequence[tuple[Keyframe, Keyframe]]
+    ) -> list[tuple[PairView, PairView]]:
+        """As :meth:`predict_pairs`; none where the GPU has no room: no revisit is found now."""
+        return self._if_room(lambda: self.predict_pairs(pairs), [])
+
+    def _if_room(self, ask: Callable, nothing):
+        """Give up a question for want of GPU memory, and never the thread that asked it."""
+        try:
+            return ask()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = first_line(error)
+        # Outside the handler: the exception holds the tensors of the question.
+        self.num_out_of_memory += 1
+        free_gpu_memory(self._model.device)
+        if (
+            self.num_out_of_memory & (self.num_out_of_memory - 1) == 0
+        ):  # 1, 2, 4, 8: a log has an end
+            _log.warning(
+                'the back end has skipped %d revisits for want of GPU memory (%s): leave the node '
+                'more (model.max_gpu_memory), or use smaller images',
+                self.num_out_of_memory,
+                reason,
+            )
+        return nothing
 
     @property
     def weights_sha256(self) -> str:

@@ -14,6 +14,7 @@ from stream3r_core.benchmark.measure import Plan, camera_images, measure_mode
 from stream3r_core.benchmark.stages import FRAME, STAGES, StageClock, watched
 from stream3r_core.config import PRESETS, CoreConfig, SessionConfig
 from stream3r_core.errors import ConfigError
+from stream3r_core.kernels import native
 from stream3r_core.pipeline import Reconstructor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,6 +50,27 @@ def test_the_naive_path_gives_the_answers_of_the_fast_one(model, window):
     fast = StreamSession(model, **mode)
     for image in images(6):
         assert_same(naive.step_tensor(image), fast.step_tensor(image), 1e-5)
+
+
+@pytest.mark.parametrize(('kv_dtype', 'tolerance'), [('model', 2e-5), ('int8', 2e-2)])
+def test_the_naive_path_gives_the_answers_of_the_fast_one_over_a_long_cache(
+    model, monkeypatch, kv_dtype, tolerance
+):
+    """With so many keys the compiled kernel attends, on all processors that it serves."""
+    num_keys, attention = [], native.attention
+
+    def counting(q, k, *others):
+        num_keys.append(getattr(k, 'codes', k).shape[2])
+        return attention(q, k, *others)
+
+    monkeypatch.setattr(native, 'attention', counting)
+    naive = naive_module().NaiveSession(model)
+    fast = StreamSession(model, mode='causal', kv_dtype=kv_dtype)
+    for image in images(16, 88, 112):
+        expected, found = naive.step_tensor(image), fast.step_tensor(image)
+    assert_same(found, expected, tolerance)
+    if native.unavailable() is None:
+        assert max(num_keys) == 16 * model.config.tokens_per_frame(88, 112) > 2048
 
 
 def test_nested_stages_share_out_every_moment_once():

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from stream3r_core import StreamSession, load_model
 from stream3r_core.cache.dense import DenseCache
 from stream3r_core.cache.shared import SharedIterationsCache
 from stream3r_core.cache.window import WindowCache
+from stream3r_core.config import CacheConfig
 from stream3r_core.errors import CacheError
 
 LAYERS, HEADS, TOKENS, DIM = 2, 3, 5, 4
@@ -110,3 +112,45 @@ def test_shared_camera_cache_shows_all_passes_of_seen_frames_and_earlier_ones_of
             assert torch.equal(attended.k, -attended.v)
         cache.commit(1)
     assert cache.num_tokens == (3 if windowed else 9) * iterations
+
+
+def storages(part, path='cache', seen=None):
+    """Address and size of every tensor that a cache keeps, by where it is kept."""
+    seen = set() if seen is None else seen
+    if isinstance(part, torch.Tensor):
+        return {path: (part.untyped_storage().data_ptr(), part.untyped_storage().nbytes())}
+    if id(part) in seen:
+        return {}
+    seen.add(id(part))
+    if type(part).__module__.startswith('stream3r_core.cache'):
+        part = getattr(part, '__dict__', {})
+    if not isinstance(part, dict | list | tuple):
+        return {}
+    found = {}
+    for name, value in part.items() if isinstance(part, dict) else enumerate(part):
+        found |= storages(value, f'{path}.{name}', seen)
+    return found
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        {'mode': 'causal', 'max_frames': 30},
+        {'mode': 'window', 'window': 3},
+        {'mode': 'stac', 'cache': CacheConfig(max_bytes=3_000_000)},
+        {'mode': 'stac_paper'},
+    ],
+    ids=lambda options: options['mode'],
+)
+def test_no_storage_of_a_bounded_stream_ever_moves(options):
+    session = StreamSession(load_model('tiny', 'random'), **options)
+    frames = torch.rand(30, 3, 32, 40, generator=torch.Generator().manual_seed(0))
+    for frame in frames[:15]:
+        session.step_tensor(frame)
+    before = {**storages(session.cache), **storages(session.camera_cache, 'camera')}
+    capacity = session.cache.capacity_bytes
+    assert sum(size for _, size in before.values()) >= capacity > 0
+    for frame in frames[15:]:
+        session.step_tensor(frame)
+    assert {**storages(session.cache), **storages(session.camera_cache, 'camera')} == before
+    assert session.cache.capacity_bytes == capacity

@@ -1,6 +1,7 @@
 """Sessions that restart into submaps: SLAM without ROS, with a network's own interface."""
 
 import dataclasses
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -79,6 +80,48 @@ def test_the_same_images_give_the_same_map_also_with_a_thread(walk, closed):
     threaded, _ = run(walk, config(), in_background=True)
     np.testing.assert_allclose(threaded.trajectory()[1], again.trajectory()[1], atol=1e-9)
     threaded.close()
+
+
+@pytest.mark.parametrize('in_background', [False, True])
+def test_a_back_end_without_gpu_memory_skips_revisits_and_finds_later_ones(
+    walk, closed, in_background, monkeypatch, caplog
+):
+    """Its thread lives on: neither poses nor map are lost, and the log has an end."""
+    network, asked = scripted(walk), Counter()
+
+    def without_room(name, error, ask, last):
+        def answer(*args, **kwargs):
+            asked[name] += 1
+            if asked[name] <= last:
+                raise error
+            return ask(*args, **kwargs)
+
+        return answer
+
+    no_room = torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')
+    alloc = RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`')
+    monkeypatch.setattr(network, 'descriptor', without_room('d', alloc, network.descriptor, 5))
+    monkeypatch.setattr(network, 'forward', without_room('p', no_room, network.forward, 3))
+    mapper = SubmapReconstructor(network, config(), in_background)
+    for i, stamp_ns in enumerate(walk.stamps_ns):
+        mapper.feed(scripted_image(i), int(stamp_ns))
+    mapper.flush()
+    assert mapper.figures()['backend_out_of_memory'] == 8
+    assert len(mapper.trajectory()[0]) == len(walk.stamps_ns)
+    assert mapper.map.num_points == pytest.approx(closed[0].map.num_points, rel=0.1)
+    assert 0 < mapper.backend.num_loops < closed[0].backend.num_loops
+    told = [record for record in caplog.records if 'GPU memory' in record.getMessage()]
+    assert len(told) == 4  # after 1, 2, 4 and 8
+    mapper.close()
+
+
+def test_an_error_that_is_none_of_memory_still_ends_the_back_end(walk, monkeypatch):
+    network = scripted(walk)
+    fault = RuntimeError('CUDA error: an illegal memory access was encountered')
+    monkeypatch.setattr(network, 'descriptor', lambda *_: (_ for _ in ()).throw(fault))
+    mapper = SubmapReconstructor(network, config())
+    with pytest.raises(RuntimeError, match='illegal memory access'):
+        mapper.feed(scripted_image(0), 1)
 
 
 def test_without_a_back_end_nothing_changes(walk):
