@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import rclpy
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
@@ -331,32 +332,43 @@ def _present(plan: Plan, config: NodeConfig, warning: str) -> None:
     folder = plan.folder
     if not (folder / TRAJECTORY).is_file():
         return
+    true_xyz = None
     if plan.bag is not None:
-        print(_accuracy(plan, config))
-    _draw(folder, plan.source, config, warning)
+        sentence, true_xyz = _accuracy(plan, config)
+        print(sentence)
+    _draw(folder, plan.source, config, warning, true_xyz)
     found = [name for name in RESULTS if (folder / name).exists()]
     print(f'results in {folder}: {", ".join(found)}')
 
 
-def _accuracy(plan: Plan, config: NodeConfig) -> str:
+def _accuracy(plan: Plan, config: NodeConfig) -> tuple[str, np.ndarray | None]:
+    """Say how far the bag's true poses are; return that, and the true path in the map."""
     estimate = read_trajectory(plan.folder / TRAJECTORY)
     try:
         frame = camera_frame(next(iter(plan.source))().frame_id, config)
         truth, remarks = bag_truth(plan.bag, '', frame, estimate.stamps_ns)
         if truth is None:
             why = remarks or ['the input has no true ones to compare with']
-            return f'{len(estimate)} poses; {"; ".join(why)}'
+            return f'{len(estimate)} poses; {"; ".join(why)}', None
         error = ate(truth, estimate, 'sim3')
     except Stream3rError as reason:
-        return f'{len(estimate)} poses; no ATE: {reason}'
-    return (
+        return f'{len(estimate)} poses; no ATE: {reason}', None
+    sentence = (
         f'evaluation only: ATE {error.rmse:.4f} m over {len(error.errors)} poses after Sim(3) '
         f'alignment, scale {error.scale:.4g}, against {truth.name}'
     )
+    return sentence, error.truth_xyz_in_estimate
 
 
-def _draw(folder: Path, source: Source, config: NodeConfig, warning: str) -> None:
+def _draw(
+    folder: Path,
+    source: Source,
+    config: NodeConfig,
+    warning: str,
+    true_xyz: np.ndarray | None = None,
+) -> None:
+    title = f'stream3r demo, {config.model.preset} network'
     try:
-        draw_results(folder, source, f'stream3r demo, {config.model.preset} network', warning)
+        draw_results(folder, source, title, warning, true_xyz)
     except Stream3rError as error:
         print(f'no picture: {error}', file=sys.stderr)

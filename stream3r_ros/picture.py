@@ -22,11 +22,18 @@ ROBUST = (2, 98)  # percentiles of the points that decide what is in view
 PATH_COLOR = '#e8112d'
 
 
-def draw_results(folder: Path, source: Source, title: str, warning: str = '') -> Path:
+def draw_results(
+    folder: Path,
+    source: Source,
+    title: str,
+    warning: str = '',
+    true_xyz: np.ndarray | None = None,
+) -> Path:
     """Draw ``picture.png`` from the files that a run over ``source`` left in ``folder``.
 
-    ``warning`` is printed in red across the picture. Raises :class:`DataError` where a file of
-    the results is missing or unreadable.
+    ``warning`` is printed in red across the picture; ``true_xyz`` [N, 3], where the camera really
+    was, in the map's frame and unit, is drawn beside the path. Raises :class:`DataError` where a
+    file of the results is missing or unreadable.
     """
     path_xyz = read_trajectory(folder / TRAJECTORY).positions_m
     cloud = load_ply(folder / MAP)
@@ -36,8 +43,9 @@ def draw_results(folder: Path, source: Source, title: str, warning: str = '') ->
     figure.suptitle(f'{title}: {len(path_xyz)} frames, {len(cloud):,} points')
     _show_image(axes[0, 0], _image_at(source, stamp))
     _show_depth(axes[0, 1], depth)
-    _show_map(axes[1, 0], cloud, path_xyz, _from_above(cloud, path_xyz), 'map from above')
-    _show_map(axes[1, 1], cloud, path_xyz, _from_behind(cloud, path_xyz), 'map in perspective')
+    views = {'from above': _from_above, 'in perspective': _from_behind}
+    for axis, (name, view) in zip(axes[1], views.items()):
+        _show_map(axis, cloud, path_xyz, view(cloud, path_xyz), f'map {name}', true_xyz)
     if warning:
         style = {'color': 'white', 'weight': 'bold', 'size': 15, 'ha': 'center', 'va': 'center'}
         figure.text(0.5, 0.51, warning, **style, bbox={'facecolor': 'crimson', 'pad': 8})
@@ -94,12 +102,23 @@ def _bounds(points: np.ndarray, path: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return low, np.maximum(high, low + 1e-3)
 
 
-def _show_map(axis, cloud: MapCloud, path_xyz: np.ndarray, view: View, title: str) -> None:
+def _show_map(
+    axis,
+    cloud: MapCloud,
+    path_xyz: np.ndarray,
+    view: View,
+    title: str,
+    true_xyz: np.ndarray | None,
+) -> None:
     axis.imshow(_rendered(cloud, path_xyz, view), extent=(0, 1, 1, 0), interpolation='bilinear')
     x, y = view.project(path_xyz)[0].T
     axis.plot(x, y, color=PATH_COLOR, linewidth=2)
     axis.plot(x[:1], y[:1], 'o', color=PATH_COLOR, markeredgecolor='white', markersize=9)
-    axis.set(title=f'{title}, camera path in red', xlim=(0, 1), ylim=(1, 0))
+    title += ', camera path in red'
+    if true_xyz is not None:
+        axis.plot(*view.project(true_xyz)[0].T, color='black', linewidth=1.2, linestyle='--')
+        title += ', true path dashed'
+    axis.set(title=title, xlim=(0, 1), ylim=(1, 0))
     axis.set_axis_off()
 
 

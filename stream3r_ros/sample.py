@@ -1,8 +1,8 @@
-"""The sample recording of the demo: a seeded synthetic room, seen by a hand-held camera."""
+"""The sample recording of the demo: a seeded synthetic room, seen by a camera carried calmly."""
 
 from pathlib import Path
 
-from stream3r_core.synthetic import SyntheticSequence, render_sequence
+from stream3r_core.synthetic import CALM, SyntheticSequence, render_sequence
 from stream3r_ros.bag import BagWriter
 from stream3r_ros.conversions import Lens
 from stream3r_ros.messages import rosbags_messages
@@ -10,6 +10,7 @@ from stream3r_ros.qos import SENSOR_DATA
 
 SEED = 4
 NUM_FRAMES = 100
+FOV_DEG = 62.0
 CAMERA_FRAME = 'camera_optical_frame'
 ROOM_FRAME = 'room'
 IMAGE, CAMERA_INFO = '/camera/image_raw', '/camera/camera_info'
@@ -22,7 +23,7 @@ def write_sample(path: Path, num_frames: int = NUM_FRAMES, seed: int = SEED) -> 
     It holds images with their intrinsics and, for evaluation only, the true poses and depths, on
     topics that nobody takes for input.
     """
-    write_sequence(path, render_sequence(seed, num_frames))
+    write_sequence(path, render_sequence(seed, num_frames, fov_deg=FOV_DEG, motion=CALM))
 
 
 def write_sequence(path: Path, sequence: SyntheticSequence) -> None:

@@ -40,6 +40,7 @@ USUAL_FRAMES, NONSENSE_FRAMES = 15, 20  # before an eye is shut, and after
 PIXEL_STRIDE = 37  # every so many pixels of a depth image are enough
 QUANTITIES = ('translation', 'rotation', 'step_translation', 'step_rotation', 'depth')
 _MAX_FRAMES = (1, 5, 10, 20, 30, 50, 80, 120)  # tried for the end of growth
+MODES = ('window', 'causal', 'stac')  # those of a node that runs for long, and its reference
 _NORMAL = (0.6827, 0.9545)  # share of normal errors within 1 and 2 sigma
 
 
@@ -263,7 +264,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('weights', type=Path, help='.safetensors file of a training run')
     parser.add_argument('--rooms', type=int, default=32, help='to fit on, and again to check on')
-    parser.add_argument('--modes', nargs='+', default=['window'], help='session modes')
+    parser.add_argument('--modes', nargs='+', default=MODES, help='session modes')
     options = parser.parse_args()
     print('written:', calibrate(options.weights, options.modes, options.rooms))
 

@@ -128,6 +128,12 @@ class TrajectoryError:
         }
 
     @property
+    def truth_xyz_in_estimate(self) -> np.ndarray:
+        """True positions [M, 3] in the frame and unit that the estimate had before alignment."""
+        T_estimate_truth = np.linalg.inv(self.T_truth_estimate)
+        return self.truth.positions_m @ T_estimate_truth[:3, :3].T + T_estimate_truth[:3, 3]
+
+    @property
     def rmse(self) -> float:
         """Root mean square of the errors, in ``unit``."""
         return self.statistics['rmse']

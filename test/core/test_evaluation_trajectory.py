@@ -139,6 +139,7 @@ def test_a_known_similarity_is_recovered_and_only_sim3_hides_the_scale():
     np.testing.assert_allclose(sim3.estimate.T_world_camera, truth.T_world_camera, atol=1e-12)
     placed = sim3.T_truth_estimate @ estimate.T_world_camera[5, :, 3]
     np.testing.assert_allclose(placed, truth.T_world_camera[5, :, 3], atol=1e-12)
+    np.testing.assert_allclose(sim3.truth_xyz_in_estimate, estimate.positions_m, atol=1e-12)
     assert se3.scale == 1.0 and se3.rmse > 0.1
 
 

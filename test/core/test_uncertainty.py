@@ -136,11 +136,12 @@ def test_a_damaged_fit_is_said(tmp_path, text):
 
 
 def test_the_shipped_weights_come_with_a_fit_that_was_checked():
-    assert load_model('tiny').uncertainties.keys() >= {'window'}
+    assert load_model('tiny').uncertainties.keys() >= {'window', 'causal', 'stac'}
     checked = json.loads(uncertainty_path(SHIPPED / 'tiny.safetensors').read_text())['held_out']
-    for name, shares in checked['window'].items():
-        assert 0.5 < shares['axis_1_sigma'] < 0.95, name
-        assert 0.85 < shares['axis_2_sigma'] < 1, name
+    for mode, quantities in checked.items():
+        for name, shares in quantities.items():
+            assert 0.5 < shares['axis_1_sigma'] < 0.95, (mode, name)
+            assert 0.85 < shares['axis_2_sigma'] < 1, (mode, name)
 
 
 def test_untrained_weights_have_no_known_uncertainty():

@@ -191,6 +191,9 @@ def test_the_picture_shows_the_map_the_path_and_the_warning(tmp_path):
         source = BagSource(reader)
         plain = np.asarray(Image.open(draw_results(tmp_path / 'out', source, 'run')))
         warned = np.asarray(Image.open(draw_results(tmp_path / 'out', source, 'run', 'untrained')))
+        path_xyz = read_trajectory(tmp_path / 'out' / 'trajectory.tum').positions_m
+        given = {'true_xyz': path_xyz + np.array([0.0, 0.1, 0.0])}
+        with_truth = np.asarray(Image.open(draw_results(tmp_path / 'out', source, 'run', **given)))
     colored = np.ptp(plain[..., :3].astype(int), axis=2) > 20
     height, width = colored.shape
     for rows in (slice(0, height // 2), slice(height // 2, height)):
@@ -198,3 +201,8 @@ def test_the_picture_shows_the_map_the_path_and_the_warning(tmp_path):
             assert colored[rows, columns].any()
     changed = (plain != warned).any(axis=2)
     assert changed.any() and not changed[: height // 4].any()
+    differs = (plain != with_truth).any(axis=2)
+    assert (
+        differs[height // 2 :, : width // 2].any() and differs[height // 2 :, width // 2 :].any()
+    )
+    assert not differs[: height // 4].any()
