@@ -173,6 +173,12 @@ class WeightsConfig:
         'compile the parts whose shapes never change: takes a minute at the first image; '
         'what cannot be compiled runs as it is',
     )
+    cpu_threads: int = option(
+        0,
+        'threads of the network on a CPU, of the whole process; fewer leave cores to others; '
+        '0 = one for each core',
+        minimum=0,
+    )
     max_gpu_memory: float = option(
         0.0,
         'fraction of the GPU memory that this process may take, for GPUs shared with others; '

@@ -159,6 +159,8 @@ def reconstruct_photos(model, images: Iterable, config: CoreConfig) -> Iterator[
 def load_configured_model(config: WeightsConfig):
     """Load the network that a configuration names, on the device and in the type it asks for."""
     device = resolve_device(config.device)
+    if config.cpu_threads:
+        torch.set_num_threads(config.cpu_threads)
     if config.max_gpu_memory:
         limit_gpu_memory(config.max_gpu_memory, device)
     is_small = config.weight_dtype == 'int8'

@@ -139,6 +139,17 @@ def test_configured_model_has_the_asked_device_and_dtype():
     assert load_configured_model(config).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize(('asked', 'given'), [(1, 1), (3, 3), (0, 2)])
+def test_the_network_takes_as_many_threads_as_it_may(asked, given):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        load_configured_model(WeightsConfig(weights='random', device='cpu', cpu_threads=asked))
+        assert torch.get_num_threads() == given
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_an_unknown_device_is_refused_with_the_known_ones():
     with pytest.raises(ConfigError, match="use 'auto', 'cpu' or 'cuda'"):
         resolve_device('gpu')
