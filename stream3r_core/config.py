@@ -470,6 +470,36 @@ class OccupancyConfig:
 
 
 @dataclass(frozen=True)
+class RefinementConfig:
+    """Poses refined by aligning images to each other (:mod:`stream3r_core.refinement`)."""
+
+    kind: str = option(
+        'auto',
+        'direct: each image is aligned to a keyframe, with the depth of the network; none: poses '
+        'are those of the network; auto: direct for the preset tiny, where it was measured to pay',
+        choices=('auto', 'none', 'direct'),
+    )
+    min_overlap: float = option(
+        0.85,
+        'an image that shows less of the keyframe becomes the next one',
+        minimum=0.0,
+        maximum=1.0,
+    )
+    least_overlap: float = option(
+        0.4,
+        "with less of the keyframe in sight the pose is the network's",
+        minimum=0.0,
+        maximum=1.0,
+    )
+    least_explained: float = option(
+        0.6,
+        "where the image repeats less of the variation of the keyframe the pose is the network's",
+        minimum=0.0,
+        maximum=1.0,
+    )
+
+
+@dataclass(frozen=True)
 class CoreConfig:
     """Everything the core reads: the root of the tree that node, replay and demo share."""
 
@@ -478,6 +508,7 @@ class CoreConfig:
     session: SessionConfig = field(default_factory=SessionConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     cache_paper: PublishedCacheConfig = field(default_factory=PublishedCacheConfig)
+    refinement: RefinementConfig = field(default_factory=RefinementConfig)
     mapping: MappingConfig = field(default_factory=MappingConfig)
     backend: BackendConfig = field(default_factory=BackendConfig)
 

@@ -15,8 +15,10 @@ from stream3r_core.image import prepare_photos
 from stream3r_core.int8_weights import with_int8_weights
 from stream3r_core.kernels.processor import has_bfloat16
 from stream3r_core.mapping import VoxelMap
+from stream3r_core.refinement import PoseRefiner, refines
 from stream3r_core.session import StreamSession, to_prediction
 from stream3r_core.types import FramePrediction
+from stream3r_core.uncertainty import Uncertainty, uncertainty_name
 
 
 class Reconstructor:
@@ -31,6 +33,7 @@ class Reconstructor:
         self.config = config
         self.session = make_session(model, config)
         self.map = VoxelMap(config.mapping)
+        self._refiner = make_refiner(model, config)
         self._T_world_session = torch.eye(4)
 
     def process(self, image, stamp_ns: int | None = None, K=None) -> FramePrediction:
@@ -61,7 +64,10 @@ class Reconstructor:
         return self._map(self.session.flush())
 
     def _map(self, predictions: list[FramePrediction]) -> list[FramePrediction]:
-        predictions = [self._in_world(prediction.to('cpu')) for prediction in predictions]
+        predictions = [prediction.to('cpu') for prediction in predictions]
+        if self._refiner is not None:
+            predictions = [self._refiner.refine(prediction) for prediction in predictions]
+        predictions = [self._in_world(prediction) for prediction in predictions]
         for prediction in predictions:
             if not prediction.still:
                 self.map.integrate(prediction)
@@ -83,8 +89,8 @@ class Reconstructor:
         self.map.config = mapping
 
     def figures(self) -> dict[str, int]:
-        """Figures of the back end: there is none."""
-        return {}
+        """Return what was done so far beside sessions and map."""
+        return refinement_figures(self._refiner)
 
     def close(self) -> None:
         """Nothing to end: no thread of its own."""
@@ -131,6 +137,23 @@ def make_session(model, config: CoreConfig) -> StreamSession:
         outputs=needed_outputs(config),
         cache=config.cache_paper if config.session.mode == 'stac_paper' else config.cache,
     )
+
+
+def make_refiner(model, config: CoreConfig) -> PoseRefiner | None:
+    """Return what refines the poses of a session, if the configuration asks for it."""
+    wanted = refines(model.config, config.refinement)
+    return PoseRefiner(config.refinement) if wanted else None
+
+
+def refinement_figures(refiner: PoseRefiner | None) -> dict[str, int]:
+    """Return what a refiner has done so far, by the names of /diagnostics."""
+    return {} if refiner is None else {'images_unaligned': refiner.num_unaligned}
+
+
+def known_uncertainty(model, config: CoreConfig) -> Uncertainty | None:
+    """Return what is known of the errors of a network whose poses are refined, or are not."""
+    is_refined = refines(model.config, config.refinement)
+    return model.uncertainties.get(uncertainty_name(config.session.mode, is_refined))
 
 
 def needed_outputs(config: CoreConfig) -> tuple[str, ...]:

@@ -21,7 +21,12 @@ from stream3r_core.backend.worker import BackendWorker
 from stream3r_core.config import CoreConfig, MappingConfig
 from stream3r_core.errors import ConfigError, DataError, InputError, NotLocalizedError
 from stream3r_core.gpu_memory import free_gpu_memory
-from stream3r_core.pipeline import Reconstructor, make_session
+from stream3r_core.pipeline import (
+    Reconstructor,
+    make_refiner,
+    make_session,
+    refinement_figures,
+)
 from stream3r_core.types import FramePrediction
 
 
@@ -68,6 +73,7 @@ class SubmapReconstructor:
         self.config = config
         self._on_moved, self._sense = on_moved, sense
         self.session = make_session(model, config)
+        self._refiner = make_refiner(model, config)
         if self.session.chunk_size > 1:
             raise ConfigError(
                 "backend.kind 'submaps' takes frame by frame: set cache.chunk_size (or "
@@ -154,7 +160,7 @@ class SubmapReconstructor:
             self._restart()
         elif self._is_full:
             self._begin_submap()
-        prediction = self.session.step(image, stamp_ns, K).to('cpu')
+        prediction = self._refined(self.session.step(image, stamp_ns, K).to('cpu'))
         self._check_size(prediction)
         reason = self._policy.reason(prediction)
         if reason == 'pose':
@@ -173,6 +179,9 @@ class SubmapReconstructor:
                 'once two recognised places agree'
             )
         return [self._in_map(prediction)]
+
+    def _refined(self, prediction: FramePrediction) -> FramePrediction:
+        return prediction if self._refiner is None else self._refiner.refine(prediction)
 
     def _take(self, prediction: FramePrediction, frame_id: int) -> None:
         update = self.backend.track(prediction, frame_id, self._sense(prediction))
@@ -202,6 +211,7 @@ class SubmapReconstructor:
         self._policy.reset()
         for seen in self._recent:
             prediction = self.session.step(seen.image, seen.stamp_ns, seen.K).to('cpu')
+            prediction = self._refined(prediction)
             if self._policy.reason(prediction) == 'pose':
                 self._restart()
                 return
@@ -266,6 +276,7 @@ class SubmapReconstructor:
             'corrections': self.num_moves,
             'backend_pending': 0 if self._worker is None else self._worker.num_pending,
             'backend_out_of_memory': self._witness.num_out_of_memory,
+            **refinement_figures(self._refiner),
         }
 
     def trajectory(

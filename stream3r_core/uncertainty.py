@@ -82,8 +82,13 @@ def uncertainty_path(weights: Path) -> Path:
     return weights.with_suffix(SUFFIX)
 
 
+def uncertainty_name(mode: str, is_refined: bool) -> str:
+    """Return the name of a fit: of a session mode, with or without refined poses."""
+    return f'{mode}+direct' if is_refined else mode
+
+
 def read_uncertainty(path: Path, weights_sha256: str) -> dict[str, Uncertainty]:
-    """Return the fits by session mode; empty where there is none for these very weights.
+    """Return the fits by :func:`uncertainty_name`; empty: there is none for these very weights.
 
     Raises :class:`CheckpointError` for a file that cannot be understood.
     """
@@ -109,7 +114,7 @@ def write_uncertainty(
     modes: Mapping[str, Uncertainty],
     notes: Mapping[str, Any],
 ) -> None:
-    """Write fits by session mode with notes on how they came about; whole or not at all."""
+    """Write fits by :func:`uncertainty_name` with notes on how they came about; all or nothing."""
     content = {
         'weights_sha256': weights_sha256,
         'modes': {mode: to_dict(fitted) for mode, fitted in modes.items()},

@@ -23,7 +23,7 @@ from stream3r_core.evaluation.report import Report, read_report
 from stream3r_core.evaluation.run import FILES, REPORT_JSON, evaluate, removed_on_failure
 from stream3r_core.evaluation.trajectory import Trajectory
 from stream3r_core.evaluation.trajectory_files import read_trajectory
-from stream3r_core.pipeline import load_configured_model
+from stream3r_core.pipeline import known_uncertainty, load_configured_model
 from stream3r_ros.bag import is_bag
 from stream3r_ros.clips import BagFrames, SourceFrames, bag_clip
 from stream3r_ros.config import NodeConfig
@@ -283,7 +283,7 @@ def evaluate_task(
     if not task.bag:
         return compared()
     frame_id = camera_frame(clip.camera_frame or FILES_FRAME, task.config)
-    uncertainty = pipeline.model.uncertainties.get(task.config.session.mode)
+    uncertainty = known_uncertainty(pipeline.model, core_config(task.config))
     recorder = RunBag(task.folder, task.config, pipeline.map, uncertainty)
     with removed_on_failure(task.folder, (BAG,)), recorder as bag:
         lens = _lens(clip, task.config.evaluation)

@@ -17,7 +17,7 @@ from stream3r_core.errors import InputError, NotLocalizedError, first_line
 from stream3r_core.evaluation.trajectory import Trajectory
 from stream3r_core.gpu_memory import is_out_of_memory
 from stream3r_core.image import prepare
-from stream3r_core.pipeline import incomplete_memory
+from stream3r_core.pipeline import incomplete_memory, known_uncertainty
 from stream3r_core.slam import SubmapReconstructor, make_reconstructor
 from stream3r_core.types import FramePrediction
 from stream3r_ros.calibration import Calibrator
@@ -73,7 +73,7 @@ class LiveReconstruction:
         self._reconstructor = make_reconstructor(model, config, True, on_moved, self._sense)
         self._num_moves = 0  # corrections that path and poses contain
         self._publishers = publishers
-        publishers.outputs.uncertainty = model.uncertainties.get(config.session.mode)
+        publishers.outputs.uncertainty = known_uncertainty(model, config)
         self._transforms, self._placement = transforms, Placement(transforms)
         self._recorder = PoseRecorder(config.save_map.max_poses)
         self._calibrate = Calibrator(config.rectify)

@@ -18,6 +18,7 @@ from stream3r_core.mapping import VoxelMap
 from stream3r_core.pipeline import (
     Reconstructor,
     incomplete_memory,
+    known_uncertainty,
     load_configured_model,
     reconstruct_photos,
 )
@@ -171,7 +172,7 @@ def replay(
     with tqdm(source, total=source.num_frames, unit='image') as progress:
         report = Report(source.name, model.weights_info, say=progress.write)
         frames = _usable_frames(progress, config, report, is_interrupted)
-        uncertainty = model.uncertainties.get(config.session.mode)
+        uncertainty = known_uncertainty(model, config)
         corrected = pack = None  # what a back end says when all images are in
         if config.session.mode == 'full':
             voxel_map = VoxelMap(config.mapping)

@@ -1,0 +1,96 @@
+"""Poses made exact: images are aligned to a keyframe, by the depth that the network gives it.
+
+A small network knows the shape of a room better than by how little a camera has moved; direct
+image alignment (:mod:`stream3r_core.direct_alignment`) needs that shape and is exact where two
+images overlap. Where they do not agree, for want of overlap, texture or light, the motion is the
+network's.
+"""
+
+import dataclasses
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stream3r_core.config import PRESETS, ModelConfig, RefinementConfig
+from stream3r_core.direct_alignment import Fit, Keyframe, align, make_keyframe, pictures
+from stream3r_core.geometry import invert_se3, transform_points
+from stream3r_core.types import FramePrediction
+
+
+def refines(model_config: ModelConfig, config: RefinementConfig) -> bool:
+    """Whether the poses of a network are to be refined."""
+    if config.kind == 'auto':
+        return model_config == PRESETS['tiny']
+    return config.kind == 'direct'
+
+
+class PoseRefiner:
+    """Refines the predictions of one session after the other, on the CPU, in their order.
+
+    A prediction of index 0 starts anew. Poses keep the world frame and the unit of the session;
+    all else stays what the network says. One keyframe is kept, so that memory does not grow.
+    """
+
+    def __init__(self, config: RefinementConfig | None = None):
+        self.config = config or RefinementConfig()
+        self.num_unaligned = 0  # images whose motion is the network's own
+        self._key: Keyframe | None = None
+        self._shape: tuple[int, ...] = ()
+        self._T_world_key = self._stated_key = self._stated = self._refined = np.eye(4)
+        self._T_camera_key = self._T_earlier_key = np.eye(4)  # of the newest two images
+
+    def refine(self, prediction: FramePrediction) -> FramePrediction:
+        """Return the prediction with the pose that its image agrees with."""
+        levels = pictures(prediction.rgb.numpy(), prediction.K.numpy())
+        stated = prediction.T_world_camera.double().numpy()
+        shape = tuple(prediction.depth.shape)
+        if not np.isfinite(stated).all():
+            return prediction  # for others to refuse
+        if prediction.index == 0 or self._key is None or shape != self._shape:
+            self._shape = shape
+            self._begin(prediction, levels, stated)
+            return prediction
+        fit = align(self._key, levels, self._guesses(stated))
+        is_aligned = self._is_trusted(fit)
+        if is_aligned:
+            T = self._T_world_key @ np.linalg.inv(fit.T_camera_key)
+            self._T_earlier_key, self._T_camera_key = self._T_camera_key, fit.T_camera_key
+        else:
+            self.num_unaligned += 1
+            T = self._refined @ np.linalg.inv(self._stated) @ stated
+            self._T_earlier_key = self._T_camera_key
+        self._stated, self._refined = stated, T
+        if not is_aligned or fit.overlap < self.config.min_overlap:
+            self._begin(prediction, levels, T)
+        return _placed(prediction, torch.from_numpy(T).float())
+
+    def _begin(self, prediction: FramePrediction, levels, T_world_camera: np.ndarray) -> None:
+        """Make an image the keyframe; the motion up to it goes on in the next guess."""
+        moved = self._T_camera_key @ np.linalg.inv(self._T_earlier_key)
+        self._T_earlier_key = np.eye(4) if prediction.index == 0 else np.linalg.inv(moved)
+        self._T_camera_key = np.eye(4)
+        self._key = make_keyframe(levels, prediction.depth.numpy())
+        self._T_world_key = self._refined = T_world_camera
+        self._stated_key = self._stated = prediction.T_world_camera.double().numpy()
+
+    def _guesses(self, stated: np.ndarray) -> list[np.ndarray]:
+        """T_camera_key of a camera that moves on, of one that stands, as the network has it."""
+        moved = self._T_camera_key @ np.linalg.inv(self._T_earlier_key)
+        as_stated = np.linalg.inv(stated) @ self._stated_key
+        return [moved @ self._T_camera_key, self._T_camera_key, as_stated]
+
+    def _is_trusted(self, fit: Fit) -> bool:
+        return (
+            bool(np.isfinite(fit.T_camera_key).all())
+            and fit.overlap >= self.config.least_overlap
+            and fit.explained >= self.config.least_explained
+        )
+
+
+def _placed(prediction: FramePrediction, T_world_camera: Tensor) -> FramePrediction:
+    """Return the prediction with another pose; its points move along."""
+    points = prediction.world_points
+    if points is not None:
+        points = transform_points(T_world_camera @ invert_se3(prediction.T_world_camera), points)
+    return dataclasses.replace(prediction, T_world_camera=T_world_camera, world_points=points)
