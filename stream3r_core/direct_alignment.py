@@ -156,12 +156,12 @@ class _Errors(NamedTuple):
     @property
     def overlap(self) -> float:
         """Share of the pixels that are shown."""
-        return float(self.shown.mean())
+        return _mean(self.shown)
 
     @property
     def cost(self) -> float:
         """Mean size of an error, and something for pixels that are not shown."""
-        return float(np.abs(np.where(self.shown, self.error, _UNSEEN)).mean())
+        return _mean(np.abs(np.where(self.shown, self.error, _UNSEEN)))
 
     def step(self, level: KeyLevel) -> np.ndarray:
         """Return the motion of the keyframe and the light [8] that explain the errors."""
@@ -182,6 +182,11 @@ class _Errors(NamedTuple):
             return 0.0
         squares = np.minimum(np.square(self.error[self.shown]), 4 * variance)
         return 1 - float(squares.mean()) / variance
+
+
+def _mean(values: np.ndarray) -> float:
+    """Mean; 0 where a level has no pixel with a depth."""
+    return float(values.mean()) if len(values) else 0.0
 
 
 def _seen_at(picture: Picture, points: np.ndarray, T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from stream3r_core.checkpoints import load_model
 from stream3r_core.geometry import invert_se3
+from stream3r_core.refinement import PoseRefiner
 from stream3r_core.session import StreamSession
 from stream3r_core.synthetic import SyntheticSequence, render_sequence
 from stream3r_core.types import FramePrediction
@@ -30,6 +31,7 @@ from stream3r_core.uncertainty import (
     Uncertainty,
     mean_confidence,
     median_depth,
+    uncertainty_name,
     uncertainty_path,
     write_uncertainty,
 )
@@ -196,9 +198,9 @@ def nonsense_confidence(model, mode: str, seed: int, rooms: int) -> dict[str, np
 
 
 def stream_rooms(model, modes: Sequence[str], seed: int, rooms: int) -> dict[str, dict]:
-    """Stream a network over seeded rooms in each mode; return the errors by mode."""
+    """Stream a network over seeded rooms in each mode; return the errors by uncertainty_name."""
     streamed = list(tqdm(_rooms(model, modes, seed, rooms), total=rooms, unit='room'))
-    return {mode: collect(room[mode] for room in streamed) for mode in modes}
+    return {name: collect(room[name] for room in streamed) for name in streamed[0]}
 
 
 def _rooms(model, modes: Sequence[str], seed: int, rooms: int) -> Iterator[dict[str, dict]]:
@@ -206,10 +208,13 @@ def _rooms(model, modes: Sequence[str], seed: int, rooms: int) -> Iterator[dict[
     sessions = {mode: _session(model, mode) for mode in modes}
     for room in range(rooms):
         sequence = render_sequence(seed + room, LENGTHS[room % len(LENGTHS)], *size_hw)
-        yield {
-            mode: room_errors(sequence, _stream(session, sequence))
-            for mode, session in sessions.items()
-        }
+        errors = {}
+        for mode, session in sessions.items():
+            stated, refiner = _stream(session, sequence), PoseRefiner()
+            refined = [refiner.refine(prediction) for prediction in stated]
+            errors[uncertainty_name(mode, False)] = room_errors(sequence, stated)
+            errors[uncertainty_name(mode, True)] = room_errors(sequence, refined)
+        yield errors
 
 
 def _size_hw(model) -> tuple[int, int]:
@@ -231,28 +236,29 @@ def calibrate(weights: Path, modes: Sequence[str], rooms: int) -> Path:
     model = load_model(None, weights)
     fit_samples = stream_rooms(model, modes, FIT_SEED, rooms)
     check_samples = stream_rooms(model, modes, CHECK_SEED, rooms)
+    nonsense = {mode: nonsense_confidence(model, mode, FIT_SEED, 1 + rooms // 4) for mode in modes}
     fitted = {
-        mode: fit_uncertainty(samples, nonsense_confidence(model, mode, FIT_SEED, 1 + rooms // 4))
-        for mode, samples in fit_samples.items()
+        name: fit_uncertainty(samples, nonsense[name.partition('+')[0]])
+        for name, samples in fit_samples.items()
     }
     checked = {
-        mode: {
-            name: coverage(check_samples[mode][name], getattr(fitted[mode], name))._asdict()
-            for name in QUANTITIES
+        name: {
+            quantity: coverage(samples[quantity], getattr(fitted[name], quantity))._asdict()
+            for quantity in QUANTITIES
         }
-        for mode in modes
+        for name, samples in check_samples.items()
     }
     path = uncertainty_path(weights)
     notes = {'rooms': rooms, 'frames': LENGTHS, 'image_width': model.config.img_size}
     write_uncertainty(path, model.weights_info.sha256, fitted, {**notes, 'held_out': checked})
-    for mode in modes:
-        print(table(mode, checked[mode]))
+    for name, shares in checked.items():
+        print(table(name, shares))
     return path
 
 
-def table(mode: str, checked: dict[str, dict]) -> str:
-    """Return the shares of one mode as Markdown."""
-    lines = [f'| {mode} | 1 sigma | 2 sigma | 68 % chi2 | 95 % chi2 |', '|---|---|---|---|---|']
+def table(fit: str, checked: dict[str, dict]) -> str:
+    """Return the shares of one fit as Markdown."""
+    lines = [f'| {fit} | 1 sigma | 2 sigma | 68 % chi2 | 95 % chi2 |', '|---|---|---|---|---|']
     for name, shares in checked.items():
         *values, _ = shares.values()
         lines.append(f'| {name} | ' + ' | '.join(f'{100 * v:.0f} %' for v in values) + ' |')

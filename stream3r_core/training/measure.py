@@ -10,11 +10,13 @@ from torch import Tensor
 from stream3r_core.checkpoints import load_model
 from stream3r_core.geometry import invert_se3
 from stream3r_core.model.network import CausalVGGT
+from stream3r_core.refinement import PoseRefiner
 from stream3r_core.session import StreamSession
 from stream3r_core.synthetic import SyntheticSequence, render_sequence
 from stream3r_core.training.data import HELD_OUT_SEED, DataMixture
 from stream3r_core.training.settings import MOTIONS, StageConfig, TrainingConfig
 from stream3r_core.training.validation import angle_deg, validate
+from stream3r_core.uncertainty import uncertainty_name
 
 STREAM_SEED = HELD_OUT_SEED + 1_000_000
 
@@ -22,18 +24,21 @@ STREAM_SEED = HELD_OUT_SEED + 1_000_000
 def measure_clips(model: CausalVGGT, scenes: int, frames: int, family: StageConfig) -> dict:
     """Return the means of :func:`validate` over held-out clips of a family of worlds, 10 Hz."""
     config = TrainingConfig(validation_scenes=scenes, validation_frames=frames, stages=(family,))
-    return validate(model, DataMixture(config).held_out(0), 'causal', bf16=False)
+    return validate(model, DataMixture(config).held_out(0), 'causal', bf16=False, refine=True)
 
 
 def measure_stream(
-    model: CausalVGGT, sequence: SyntheticSequence, mode: str, bins: int = 10
+    model: CausalVGGT, sequence: SyntheticSequence, mode: str, refine: bool, bins: int = 10
 ) -> list[dict[str, float]]:
     """Return how the errors of one stream grow with the frame index, in ``bins`` parts.
 
     Depth and positions share the one scale of the first part: a drifting scale is an error here.
     """
     session = StreamSession(model, mode=mode, outputs=('depth',))
-    answers = [session.step(image) for image in sequence.images]
+    answers = [session.step(image).to('cpu') for image in sequence.images]
+    if refine:
+        refiner = PoseRefiner()
+        answers = [refiner.refine(answer) for answer in answers]
     path = invert_se3(sequence.T_world_camera[:1]) @ sequence.T_world_camera
     estimate = torch.stack([a.T_world_camera for a in answers])
     truth = [_at_size(d, a.depth.shape) for d, a in zip(sequence.depth_m, answers)]
@@ -99,7 +104,11 @@ def main() -> None:
     }
     if options.stream:
         sequence = render_sequence(STREAM_SEED, options.stream, *size_hw)
-        result['stream'] = {m: measure_stream(model, sequence, m) for m in options.modes}
+        result['stream'] = {
+            uncertainty_name(mode, refine): measure_stream(model, sequence, mode, refine)
+            for mode in options.modes
+            for refine in (False, True)
+        }
     print(json.dumps(result, indent=1))
 
 

@@ -7,8 +7,11 @@ import torch
 from torch import Tensor
 
 from stream3r_core.geometry import decode_pose, invert_se3
+from stream3r_core.image import ImageGeometry
 from stream3r_core.model.network import CausalVGGT
+from stream3r_core.refinement import PoseRefiner
 from stream3r_core.training.batch import Batch
+from stream3r_core.types import FramePrediction
 
 _STILL_M = 0.01  # paths of smaller extent count as standing still
 
@@ -20,6 +23,7 @@ def validate(
     mode: str = 'causal',
     window: int = 5,
     bf16: bool = True,
+    refine: bool = False,
 ) -> dict[str, float]:
     """Return means over the sequences of ``batches``.
 
@@ -30,6 +34,9 @@ def validate(
     - rotation_deg: error of the last frame's rotation against the first.
     - rpe_m, rpe_deg: of one frame to the next, root mean square, in the scale of the depth.
     - fov_error_deg: horizontal.
+
+    With ``refine`` also ``refined_*``: poses aligned to the images, as a node's are
+    (:mod:`stream3r_core.refinement`).
 
     The network computes with autocast to bfloat16, unless told otherwise.
 
@@ -43,7 +50,7 @@ def validate(
         device = batch.images.device.type
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
             result = model(batch.images, mode=mode, window=window)
-        rows += [_sequence(result, batch, b) for b in range(len(batch.images))]
+        rows += [_sequence(result, batch, b, refine) for b in range(len(batch.images))]
     model.train(training)
     return {key: _mean([row[key] for row in rows if key in row]) for key in _keys(rows)}
 
@@ -56,7 +63,9 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def _sequence(result: dict[str, Tensor], batch: Batch, b: int) -> dict[str, float]:
+def _sequence(
+    result: dict[str, Tensor], batch: Batch, b: int, refine: bool = False
+) -> dict[str, float]:
     truth, mask = batch.depth[b], batch.valid[b]
     depth = result['depth'][b].squeeze(-1).float()
     scale = truth[mask].median() / depth[mask].median()
@@ -64,7 +73,11 @@ def _sequence(result: dict[str, Tensor], batch: Batch, b: int) -> dict[str, floa
     height, width = truth.shape[-2:]
     T_camera_world, K = decode_pose(result['pose_enc'][b].float(), height, width)
     estimate = invert_se3(T_camera_world)
-    estimate[:, :3, 3] *= scale
+    paths = {'': estimate}
+    if refine:
+        paths['refined_'] = _refined(batch.images[b], depth, estimate, K)
+    for T in paths.values():
+        T[:, :3, 3] *= scale
     path = invert_se3(batch.T_world_camera[b, :1]) @ batch.T_world_camera[b]
     static = torch.eye(4, device=path.device).expand_as(path)
     velocity = torch.stack([torch.linalg.matrix_power(path[1], i) for i in range(len(path))])
@@ -80,11 +93,25 @@ def _sequence(result: dict[str, Tensor], batch: Batch, b: int) -> dict[str, floa
     moves = extent > _STILL_M
     if moves:
         row['ate_se3_percent'] = 100 * path_error(estimate, path, with_scale=False) / extent
-    for name, T in (('', estimate), ('static_', static), ('velocity_', velocity)):
+    for name, T in (paths | {'static_': static, 'velocity_': velocity}).items():
         if moves:
             row[f'{name}ate_percent'] = 100 * path_error(T, path, with_scale=True) / extent
         row[f'{name}rotation_deg'] = angle_deg(T[-1], path[-1]).item()
     return row
+
+
+def _refined(images: Tensor, depth: Tensor, T_world_camera: Tensor, K: Tensor) -> Tensor:
+    """Return the poses [S, 4, 4] that images [S, 3, H, W] and depth [S, H, W] agree with."""
+    refiner, size_hw = PoseRefiner(), tuple(depth.shape[-2:])
+    geometry = ImageGeometry(size_hw, size_hw, (1.0, 1.0), (0, 0))
+    rgb = (255 * images.movedim(1, -1)).round().to(torch.uint8).cpu()
+    poses = []
+    for index, (T, k, z) in enumerate(zip(T_world_camera.cpu(), K.cpu(), depth.cpu())):
+        stated = FramePrediction(
+            index, None, T, k, rgb[index], z, torch.ones_like(z), None, None, geometry
+        )
+        poses.append(refiner.refine(stated).T_world_camera)
+    return torch.stack(poses).to(T_world_camera.device)
 
 
 def path_error(estimate: Tensor, truth: Tensor, with_scale: bool) -> float:

@@ -20,6 +20,7 @@ from stream3r_core.synthetic import CALM, render_sequence
 from stream3r_core.types import FramePrediction
 
 SIZE_HW = 72, 96
+AS_IT_IS = ImageGeometry(SIZE_HW, SIZE_HW, (1.0, 1.0), (0, 0))
 
 
 @pytest.fixture(scope='module')
@@ -113,7 +114,7 @@ def predictions(walk, seed=0, depth_error=0.05):
         depth = walk.depth_m[index] * math.exp(rng.normal(0, depth_error))
         yield FramePrediction(
             index, index, torch.from_numpy(T @ off).float(), walk.K, walk.images[index], depth,
-            torch.ones_like(depth), None, None, ImageGeometry(SIZE_HW, SIZE_HW, (1.0, 1.0), (0, 0)),
+            torch.ones_like(depth), None, None, AS_IT_IS,
         )  # fmt: skip
 
 

@@ -190,7 +190,8 @@ def test_validation_knows_a_perfect_network_and_its_baselines():
         def __call__(self, images, mode, window):
             return {'depth': targets.depth[..., None], 'pose_enc': targets.pose_enc}
 
-    row = validate(Oracle(), [batch])
+    row = validate(Oracle(), [batch], refine=True)
+    assert row['refined_ate_percent'] < 30 and row['refined_rotation_deg'] < 2
     assert row['abs_rel'] < 1e-5 and row['delta'] == 1 and row['fov_error_deg'] < 1e-3
     assert max(row['ate_percent'], row['ate_se3_percent']) < 0.5
     assert row['rotation_deg'] < 0.1 and row['rpe_deg'] < 0.1 and row['rpe_m'] < 1e-4

@@ -27,6 +27,7 @@ from stream3r_core.uncertainty import (
     ErrorModel,
     Uncertainty,
     read_uncertainty,
+    uncertainty_name,
     uncertainty_path,
     write_uncertainty,
 )
@@ -136,7 +137,9 @@ def test_a_damaged_fit_is_said(tmp_path, text):
 
 
 def test_the_shipped_weights_come_with_a_fit_that_was_checked():
-    assert load_model('tiny').uncertainties.keys() >= {'window', 'causal', 'stac'}
+    modes = ('window', 'causal', 'stac')
+    wanted = {uncertainty_name(mode, refined) for mode in modes for refined in (False, True)}
+    assert load_model('tiny').uncertainties.keys() >= wanted
     checked = json.loads(uncertainty_path(SHIPPED / 'tiny.safetensors').read_text())['held_out']
     for mode, quantities in checked.items():
         for name, shares in quantities.items():
@@ -152,7 +155,10 @@ def test_the_command_writes_a_fit_beside_the_weights(tmp_path, capsys):
     weights = tmp_path / 'tiny.safetensors'
     weights.symlink_to(SHIPPED / 'tiny.safetensors')
     path = calibrate(weights, ['window'], rooms=1)
-    assert load_model('tiny', weights).uncertainties['window'].depth.scale > 0
+    found = load_model('tiny', weights).uncertainties
+    assert found.keys() == {'window', 'window+direct'} and found['window'].depth.scale > 0
+    assert found['window'].rotation != found['window+direct'].rotation
+    assert found['window'].depth == found['window+direct'].depth
     assert (
         json.loads(path.read_text())['held_out']['window']['rotation']['samples'] == LENGTHS[0] - 1
     )
