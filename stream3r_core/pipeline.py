@@ -33,7 +33,7 @@ class Reconstructor:
         self.config = config
         self.session = make_session(model, config)
         self.map = VoxelMap(config.mapping)
-        self._refiner = make_refiner(model, config)
+        self.refiner = make_refiner(model, config)
         self._T_world_session = torch.eye(4)
 
     def process(self, image, stamp_ns: int | None = None, K=None) -> FramePrediction:
@@ -65,8 +65,8 @@ class Reconstructor:
 
     def _map(self, predictions: list[FramePrediction]) -> list[FramePrediction]:
         predictions = [prediction.to('cpu') for prediction in predictions]
-        if self._refiner is not None:
-            predictions = [self._refiner.refine(prediction) for prediction in predictions]
+        if self.refiner is not None:
+            predictions = [self.refiner.refine(prediction) for prediction in predictions]
         predictions = [self._in_world(prediction) for prediction in predictions]
         for prediction in predictions:
             if not prediction.still:
@@ -90,7 +90,7 @@ class Reconstructor:
 
     def figures(self) -> dict[str, int]:
         """Return what was done so far beside sessions and map."""
-        return refinement_figures(self._refiner)
+        return refinement_figures(self.refiner)
 
     def close(self) -> None:
         """Nothing to end: no thread of its own."""

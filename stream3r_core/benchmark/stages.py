@@ -22,6 +22,7 @@ STAGES = (
     'depth head',
     'point head',
     'cache',
+    'refine',
     'map',
     'publish',
     FRAME,
@@ -91,6 +92,8 @@ def watched(reconstructor: Reconstructor, clock: StageClock) -> Iterator[None]:
             (reconstructor.map, 'integrate', 'map'),
         ):
             stack.enter_context(_wrapped(owner, name, stage, clock))
+        if reconstructor.refiner is not None:
+            stack.enter_context(_wrapped(reconstructor.refiner, 'refine', 'refine', clock))
         yield
 
 
