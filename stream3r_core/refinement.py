@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from stream3r_core.config import PRESETS, ModelConfig, RefinementConfig
-from stream3r_core.direct_alignment import Fit, Keyframe, align, make_keyframe, pictures
+from stream3r_core.direct_alignment import (
+    Fit,
+    Keyframe,
+    Picture,
+    align,
+    make_keyframe,
+    pictures,
+)
 from stream3r_core.geometry import invert_se3, transform_points
 from stream3r_core.types import FramePrediction
 
@@ -42,7 +49,7 @@ class PoseRefiner:
 
     def refine(self, prediction: FramePrediction) -> FramePrediction:
         """Return the prediction with the pose that its image agrees with."""
-        levels = pictures(prediction.rgb.numpy(), prediction.K.numpy())
+        levels = _pictures(prediction)
         stated = prediction.T_world_camera.double().numpy()
         shape = tuple(prediction.depth.shape)
         if not np.isfinite(stated).all():
@@ -70,7 +77,8 @@ class PoseRefiner:
         moved = self._T_camera_key @ np.linalg.inv(self._T_earlier_key)
         self._T_earlier_key = np.eye(4) if prediction.index == 0 else np.linalg.inv(moved)
         self._T_camera_key = np.eye(4)
-        self._key = make_keyframe(levels, prediction.depth.numpy())
+        area = prediction.geometry.camera_area()
+        self._key = make_keyframe(levels, prediction.depth.numpy()[area])
         self._T_world_key = self._refined = T_world_camera
         self._stated_key = self._stated = prediction.T_world_camera.double().numpy()
 
@@ -86,6 +94,14 @@ class PoseRefiner:
             and fit.overlap >= self.config.least_overlap
             and fit.explained >= self.config.least_explained
         )
+
+
+def _pictures(prediction: FramePrediction) -> list[Picture]:
+    """Levels of what the camera saw: the edge of a padding stands still, and would hold it."""
+    rows, columns = area = prediction.geometry.camera_area()
+    K = prediction.K.numpy().copy()
+    K[:2, 2] -= columns.start, rows.start
+    return pictures(prediction.rgb.numpy()[area], K)
 
 
 def _placed(prediction: FramePrediction, T_world_camera: Tensor) -> FramePrediction:

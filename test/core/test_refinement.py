@@ -184,6 +184,25 @@ def test_points_move_with_their_camera(walk):
         torch.testing.assert_close(after.world_points, wanted, atol=1e-5, rtol=1e-5)
 
 
+def padded(prediction, rows=(10, 14), columns=(6, 2)):
+    """The prediction of a camera image that lies in a white frame."""
+    sides = (*columns, *rows)
+    K = prediction.K.clone()
+    K[:2, 2] += torch.tensor([columns[0], rows[0]])
+    size = prediction.depth.shape[0] + sum(rows), prediction.depth.shape[1] + sum(columns)
+    rgb = torch.nn.functional.pad(prediction.rgb.movedim(-1, 0), sides, value=255).movedim(0, -1)
+    depth = torch.nn.functional.pad(prediction.depth, sides, value=1.0)
+    geometry = ImageGeometry(SIZE_HW, size, (1.0, 1.0), (columns[0], rows[0]))
+    return dataclasses.replace(prediction, K=K, rgb=rgb, depth=depth, geometry=geometry)
+
+
+def test_a_padding_does_not_hold_the_camera(walk):
+    plain, framed = PoseRefiner(), PoseRefiner()
+    for prediction in predictions(walk):
+        T = plain.refine(prediction).T_world_camera
+        assert torch.equal(framed.refine(padded(prediction)).T_world_camera, T)
+
+
 def test_auto_refines_the_small_network_only():
     golden, tiny = golden_network('stream3r').config, load_model('tiny', 'random').config
     for kind, of_tiny, of_others in (
