@@ -65,7 +65,7 @@ def load_model(
     ``dtype``: precision of the matrix products of the aggregator (:meth:`CausalVGGT.set_dtype`);
     None: float32 on a CPU, bfloat16 on a GPU, float16 on one too old for that. (The configuration
     goes further: see :func:`stream3r_core.pipeline.resolve_dtype`.)
-    ``.uncertainties`` has what is known of its errors, by session mode (:mod:`.uncertainty`).
+    ``.uncertainties`` has what is known of its errors, by name (:mod:`.uncertainty`).
     Raises :class:`CheckpointError` if weights are missing or do not fit, :class:`ConfigError` for
     an unknown preset.
     """

@@ -14,11 +14,13 @@ from typing import NamedTuple
 import numpy as np
 
 LARGEST, SMALLEST = 160, 14  # longer side of the finest and of the coarsest level, pixels
+NARROWEST = 4  # shorter side of the coarsest level, pixels
 STEPS = 12  # at most, on each level
 _ENOUGH = 1e-4  # a step that moves less, radians or median depths, is the last of its level
 _DAMPING = 1e-4  # of the diagonal of the normal equations
 _NEAREST = 1e-2  # points closer to the camera, in median depths, are not seen
 _TUNING = 2.0  # standard deviations at which an error counts half
+_LEAST_GAIN = 0.1
 _FLOOR = 1 / 200  # smallest standard deviation of the brightness, whose range is 1
 _FLAT = 1e-4  # variance of an image that shows nothing: two or three grey levels
 _UNSEEN = 0.1  # cost of a pixel that is not seen, so that little overlap is no good fit
@@ -30,6 +32,7 @@ class Picture(NamedTuple):
 
     brightness: np.ndarray  # [H, W] float32, 0 to 1
     K: np.ndarray  # [3, 3] pixels
+    step: int = 1  # pixels of the image that one of these is wide
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,13 @@ class Fit(NamedTuple):
 def pictures(rgb: np.ndarray, K: np.ndarray) -> list[Picture]:
     """Return the levels of an image [H, W, 3] uint8 with K [3, 3], from fine to coarse."""
     levels = [Picture(rgb.astype(np.float32) @ _GREY, K.astype(np.float64))]
-    while max(levels[-1].brightness.shape) >= 2 * SMALLEST:
+    while _can_halve(levels[-1].brightness):
         levels.append(_halved(levels[-1]))
     return [p for p in levels if max(p.brightness.shape) <= LARGEST] or levels[-1:]
+
+
+def _can_halve(brightness: np.ndarray) -> bool:
+    return max(brightness.shape) >= 2 * SMALLEST and min(brightness.shape) >= 2 * NARROWEST
 
 
 def _halved(picture: Picture) -> Picture:
@@ -71,28 +78,26 @@ def _halved(picture: Picture) -> Picture:
     K = picture.K / 2
     K[:2, 2] -= 0.25  # pixel centres are integers
     K[2, 2] = 1
-    return Picture(np.ascontiguousarray(blocks.mean((1, 3))), K)
+    return Picture(np.ascontiguousarray(blocks.mean((1, 3))), K, 2 * picture.step)
 
 
 def make_keyframe(levels: Sequence[Picture], depth: np.ndarray) -> Keyframe | None:
     """Return what images are aligned to; ``depth`` [H, W] of the image, scene units.
 
-    None where no depth is known: depth that is not positive and finite is not.
+    None where no depth is known (what is not positive and finite is not), or for single rows.
     """
     depth = np.where(np.isfinite(depth), depth, 0.0)
     known = depth[depth > 0]
-    if not len(known):
+    if not len(known) or min(depth.shape) < 2:
         return None
     unit = float(np.median(known))
     return Keyframe(tuple(_key_level(level, depth / unit) for level in levels), unit)
 
 
 def _key_level(picture: Picture, depth: np.ndarray) -> KeyLevel:
-    brightness, K = picture
+    brightness, K, step = picture
     height, width = brightness.shape
-    rows = ((np.arange(height) + 0.5) * depth.shape[0] / height).astype(int)
-    columns = ((np.arange(width) + 0.5) * depth.shape[1] / width).astype(int)
-    z = depth[rows[:, None], columns]
+    z = depth[step // 2 :: step, step // 2 :: step][:height, :width]
     g_y, g_x = np.zeros_like(brightness), np.zeros_like(brightness)
     g_x[:, 1:-1] = (brightness[:, 2:] - brightness[:, :-2]) / 2
     g_y[1:-1] = (brightness[2:] - brightness[:-2]) / 2
@@ -124,8 +129,10 @@ def align(keyframe: Keyframe, levels: Sequence[Picture], guesses: Sequence[np.nd
     for level, picture in zip(reversed(keyframe.levels), reversed(levels)):
         for _ in range(STEPS):
             step = _Errors.at(level, picture, T, light).step(level)
-            T, light = T @ _inverse_motion(step[:6]), light + step[6:]
-            if np.abs(step[:6]).max() < _ENOUGH:
+            light = light + step[6:]
+            moved = step[:6] / max(1 + light[0], _LEAST_GAIN)  # the keyframe's, whose light is 1
+            T = T @ _inverse_motion(moved)
+            if np.abs(moved).max() < _ENOUGH:
                 break
     found = _Errors.at(keyframe.levels[0], levels[0], T, light)
     explained = found.explained(keyframe.levels[0])
@@ -191,7 +198,7 @@ def _mean(values: np.ndarray) -> float:
 
 def _seen_at(picture: Picture, points: np.ndarray, T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Brightness [N] where points [3, N] project to, and whether that is in the image."""
-    brightness, K = picture
+    brightness, K, _ = picture
     height, width = brightness.shape
     x, y, z = T[:3, :3] @ points + T[:3, 3:]
     in_front = z > _NEAREST
@@ -199,7 +206,8 @@ def _seen_at(picture: Picture, points: np.ndarray, T: np.ndarray) -> tuple[np.nd
     x = x / z * np.float32(K[0, 0]) + np.float32(K[0, 2])
     y = y / z * np.float32(K[1, 1]) + np.float32(K[1, 2])
     shown = in_front & (x >= 0) & (y >= 0) & (x <= width - 1) & (y <= height - 1)
-    x, y = x.clip(0, width - 1.001), y.clip(0, height - 1.001)
+    x = np.where(shown, x, 0).clip(0, width - 1.001)
+    y = np.where(shown, y, 0).clip(0, height - 1.001)
     column, row = x.astype(np.int32), y.astype(np.int32)
     x, y = x - column, y - row
     flat, first = brightness.ravel(), row * width + column

@@ -1,6 +1,7 @@
 """From image to pose, depth and map: the one path that node, replay and demo share."""
 
 import dataclasses
+import logging
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -19,6 +20,8 @@ from stream3r_core.refinement import PoseRefiner, refines
 from stream3r_core.session import StreamSession, to_prediction
 from stream3r_core.types import FramePrediction
 from stream3r_core.uncertainty import Uncertainty, uncertainty_name
+
+_log = logging.getLogger(__name__)
 
 
 class Reconstructor:
@@ -152,8 +155,15 @@ def refinement_figures(refiner: PoseRefiner | None) -> dict[str, int]:
 
 def known_uncertainty(model, config: CoreConfig) -> Uncertainty | None:
     """Return what is known of the errors of a network whose poses are refined, or are not."""
-    is_refined = refines(model.config, config.refinement)
-    return model.uncertainties.get(uncertainty_name(config.session.mode, is_refined))
+    name = uncertainty_name(config.session.mode, refines(model.config, config.refinement))
+    if model.uncertainties and name not in model.uncertainties and config.session.mode != 'full':
+        _log.warning(
+            'covariances are unknown: the errors of these weights are fitted for %s, not for %s '
+            '(python -m stream3r_core.evaluation.calibration)',
+            ', '.join(model.uncertainties),
+            name,
+        )
+    return model.uncertainties.get(name)
 
 
 def needed_outputs(config: CoreConfig) -> tuple[str, ...]:

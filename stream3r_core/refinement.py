@@ -21,7 +21,7 @@ from stream3r_core.direct_alignment import (
     make_keyframe,
     pictures,
 )
-from stream3r_core.geometry import invert_se3, transform_points
+from stream3r_core.geometry import invert_se3, nearest_rotation, transform_points
 from stream3r_core.types import FramePrediction
 
 
@@ -42,58 +42,78 @@ class PoseRefiner:
     def __init__(self, config: RefinementConfig | None = None):
         self.config = config or RefinementConfig()
         self.num_unaligned = 0  # images whose motion is the network's own
+        self._index = -1  # of the newest image in its session
+        self._stated: np.ndarray | None = (
+            None  # T_world_camera of the newest image; None: none yet
+        )
+        self._refined = np.eye(4)  # of the same
         self._key: Keyframe | None = None
         self._shape: tuple[int, ...] = ()
-        self._T_world_key = self._stated_key = self._stated = self._refined = np.eye(4)
+        self._T_world_key = self._stated_key = np.eye(4)
         self._T_camera_key = self._T_earlier_key = np.eye(4)  # of the newest two images
 
     def refine(self, prediction: FramePrediction) -> FramePrediction:
         """Return the prediction with the pose that its image agrees with."""
-        levels = _pictures(prediction)
+        if prediction.index <= self._index:
+            self._stated = self._key = None
+        self._index = prediction.index
         stated = prediction.T_world_camera.double().numpy()
-        shape = tuple(prediction.depth.shape)
         if not np.isfinite(stated).all():
             return prediction  # for others to refuse
-        if prediction.index == 0 or self._key is None or shape != self._shape:
-            self._shape = shape
-            self._begin(prediction, levels, stated)
+        stated = _rigid(stated)
+        if self._stated is None:
+            self._T_camera_key = self._T_earlier_key = np.eye(4)
+            self._begin(prediction, _pictures(prediction), stated, stated)
             return prediction
-        fit = align(self._key, levels, self._guesses(stated))
-        is_aligned = self._is_trusted(fit)
-        if is_aligned:
-            T = self._T_world_key @ np.linalg.inv(fit.T_camera_key)
+        levels = _pictures(prediction)
+        fit = self._fit(prediction, levels, stated)
+        if fit is not None:
+            T = _rigid(self._T_world_key @ np.linalg.inv(fit.T_camera_key))
             self._T_earlier_key, self._T_camera_key = self._T_camera_key, fit.T_camera_key
         else:
             self.num_unaligned += 1
-            T = self._refined @ np.linalg.inv(self._stated) @ stated
+            T = _rigid(self._refined @ np.linalg.inv(self._stated) @ stated)
             self._T_earlier_key = self._T_camera_key
+        if fit is None or fit.overlap < self.config.min_overlap:
+            self._begin(prediction, levels, stated, T)
         self._stated, self._refined = stated, T
-        if not is_aligned or fit.overlap < self.config.min_overlap:
-            self._begin(prediction, levels, T)
         return _placed(prediction, torch.from_numpy(T).float())
 
-    def _begin(self, prediction: FramePrediction, levels, T_world_camera: np.ndarray) -> None:
+    def _fit(
+        self, prediction: FramePrediction, levels: list[Picture], stated: np.ndarray
+    ) -> Fit | None:
+        """Align an image to the keyframe; None where there is none, or both do not agree."""
+        if self._key is None or tuple(prediction.depth.shape) != self._shape:
+            return None
+        fit = align(self._key, levels, self._guesses(stated))
+        is_trusted = (
+            bool(np.isfinite(fit.T_camera_key).all())
+            and fit.overlap >= self.config.least_overlap
+            and fit.explained >= self.config.least_explained
+        )
+        return fit if is_trusted else None
+
+    def _begin(
+        self,
+        prediction: FramePrediction,
+        levels: list[Picture],
+        stated: np.ndarray,
+        T_world_camera: np.ndarray,
+    ) -> None:
         """Make an image the keyframe; the motion up to it goes on in the next guess."""
         moved = self._T_camera_key @ np.linalg.inv(self._T_earlier_key)
-        self._T_earlier_key = np.eye(4) if prediction.index == 0 else np.linalg.inv(moved)
-        self._T_camera_key = np.eye(4)
+        self._T_camera_key, self._T_earlier_key = np.eye(4), np.linalg.inv(moved)
         area = prediction.geometry.camera_area()
         self._key = make_keyframe(levels, prediction.depth.numpy()[area])
+        self._shape = tuple(prediction.depth.shape)
         self._T_world_key = self._refined = T_world_camera
-        self._stated_key = self._stated = prediction.T_world_camera.double().numpy()
+        self._stated_key = self._stated = stated
 
     def _guesses(self, stated: np.ndarray) -> list[np.ndarray]:
         """T_camera_key of a camera that moves on, of one that stands, as the network has it."""
         moved = self._T_camera_key @ np.linalg.inv(self._T_earlier_key)
         as_stated = np.linalg.inv(stated) @ self._stated_key
-        return [moved @ self._T_camera_key, self._T_camera_key, as_stated]
-
-    def _is_trusted(self, fit: Fit) -> bool:
-        return (
-            bool(np.isfinite(fit.T_camera_key).all())
-            and fit.overlap >= self.config.least_overlap
-            and fit.explained >= self.config.least_explained
-        )
+        return [_rigid(moved @ self._T_camera_key), self._T_camera_key, as_stated]
 
 
 def _pictures(prediction: FramePrediction) -> list[Picture]:
@@ -102,6 +122,13 @@ def _pictures(prediction: FramePrediction) -> list[Picture]:
     K = prediction.K.numpy().copy()
     K[:2, 2] -= columns.start, rows.start
     return pictures(prediction.rgb.numpy()[area], K)
+
+
+def _rigid(T: np.ndarray) -> np.ndarray:
+    """Nearest rigid transform [4, 4]: products of many would not stay one."""
+    T = T.copy()
+    T[:3, :3] = nearest_rotation(T[:3, :3])
+    return T
 
 
 def _placed(prediction: FramePrediction, T_world_camera: Tensor) -> FramePrediction:

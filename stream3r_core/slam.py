@@ -111,11 +111,13 @@ class SubmapReconstructor:
 
     def _check_network(self, saved: str) -> None:
         """Make sure that this network describes the images of a loaded map as its own did."""
-        keyframes = (k for submap in self.backend.atlas.submaps.values() for k in submap.keyframes)
-        shown = next((k for k in keyframes if k.image_rgb is not None), None)
-        if shown is None or shown.descriptor is None:
+        submaps = self.backend.atlas.submaps.values()
+        with_image = [k for s in submaps for k in s.keyframes if k.image_rgb is not None]
+        if with_image:
+            self._loaded_size_hw = with_image[0].image_rgb.shape[:2]
+        shown = next((k for k in with_image if k.descriptor is not None), None)
+        if shown is None:
             return
-        self._loaded_size_hw = shown.image_rgb.shape[:2]
         width = self._witness.describe(shown.image_rgb).size
         if width != shown.descriptor.size:
             raise DataError(

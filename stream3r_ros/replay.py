@@ -184,7 +184,7 @@ def replay(
             if isinstance(reconstructor, SubmapReconstructor):
                 corrected = reconstructor.trajectory
                 pack = None if config.backend.localize_only else reconstructor.pack
-                report.backend = reconstructor.figures
+            report.backend = reconstructor.figures
         bag = RunBag(folder, config, voxel_map, uncertainty, corrected)
         with Results(bag, pack) as results:
             try:

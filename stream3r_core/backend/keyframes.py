@@ -8,7 +8,7 @@ import torch
 from stream3r_core.backend import sim3
 from stream3r_core.backend.config import KeyframeConfig
 from stream3r_core.errors import InputError
-from stream3r_core.geometry import unproject
+from stream3r_core.geometry import nearest_rotation, unproject
 from stream3r_core.types import FramePrediction
 
 
@@ -99,13 +99,6 @@ def to_keyframe(
     if descriptor is not None:
         descriptor = np.array(descriptor, np.float32)
     return Keyframe(frame_id, prediction.stamp_ns, T, K, depth, confidence, descriptor, image)
-
-
-def nearest_rotation(M: np.ndarray) -> np.ndarray:
-    """Rotation [3, 3] nearest to a matrix: float32 poses are not orthogonal to 1e-12."""
-    U, _, Vh = np.linalg.svd(M)
-    U[:, 2] *= np.sign(np.linalg.det(U @ Vh))
-    return U @ Vh
 
 
 class KeyframeSelector:

@@ -10,11 +10,12 @@ from stream3r_core.backend.arbiter import LIKELY
 from stream3r_core.backend.atlas import Atlas
 from stream3r_core.backend.backend import Joint, SubmapBackend
 from stream3r_core.backend.config import BackendConfig
-from stream3r_core.backend.keyframes import Keyframe, nearest_rotation
+from stream3r_core.backend.keyframes import Keyframe
 from stream3r_core.backend.submap import Submap
 from stream3r_core.backend.verification import PairPredictor, moved_covariance
 from stream3r_core.config import MappingConfig
 from stream3r_core.errors import DataError, InputError
+from stream3r_core.geometry import nearest_rotation
 
 _AFAR = 1_000_000  # submaps between the map and this run: none is excluded from the search
 _SUPPORT_TO_JUMP = 3  # sightings that must agree against a place that is known

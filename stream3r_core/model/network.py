@@ -39,7 +39,7 @@ class CausalVGGT(nn.Module):
             False  # training: let the dense heads follow the surrounding autocast
         )
         self.weights_info = None  # set by load_model
-        self.uncertainties = {}  # by session mode, likewise
+        self.uncertainties = {}  # by uncertainty_name, likewise
         self.aggregator = Aggregator(config)
         self.camera_head = CameraHead(config)
         self.point_head = DPTHead(config, out_dim=4)

@@ -103,7 +103,13 @@ def main() -> None:
         'clips': measure_clips(model, options.scenes, options.frames, family),
     }
     if options.stream:
-        sequence = render_sequence(STREAM_SEED, options.stream, *size_hw)
+        sequence = render_sequence(
+            STREAM_SEED,
+            options.stream,
+            *size_hw,
+            fov_deg=sum(family.fov_deg) / 2,
+            motion=MOTIONS[options.motion],
+        )
         result['stream'] = {
             uncertainty_name(mode, refine): measure_stream(model, sequence, mode, refine)
             for mode in options.modes

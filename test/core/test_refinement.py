@@ -48,11 +48,13 @@ def keyframe_and_image(walk, second=3, change=lambda rgb: rgb):
     return keyframe, pictures(change(walk.images[second].numpy()), K)
 
 
-def darker(rgb):
-    return (0.7 * rgb.astype(np.float32) + 20).round().astype(np.uint8)
+def lit(gain, offset):
+    return lambda rgb: (
+        (gain * rgb.astype(np.float32) + offset).clip(0, 255).round().astype(np.uint8)
+    )
 
 
-@pytest.mark.parametrize('change', [lambda rgb: rgb, darker])
+@pytest.mark.parametrize('change', [lit(1, 0), lit(0.6, 20), lit(0.25, 0), lit(1.3, -30)])
 def test_two_images_say_how_the_camera_has_moved_whatever_the_light(walk, change):
     keyframe, image = keyframe_and_image(walk, change=change)
     fit, true = align(keyframe, image, [np.eye(4)]), motion(walk, 0, 3)
@@ -61,6 +63,26 @@ def test_two_images_say_how_the_camera_has_moved_whatever_the_light(walk, change
     assert standing[0] > 3 and standing[1] > 0.015
     assert angle < 0.3 and distance < 0.008
     assert fit.explained > 0.8 and 0.6 < fit.overlap <= 1
+
+
+def test_a_bright_image_of_a_dark_keyframe_is_no_riddle(walk):
+    """A step that knew nothing of the gain would overshoot, and diverge from twice the light on."""
+    K = walk.K.numpy()
+    dark = pictures(lit(0.3, 0)(walk.images[0].numpy()), K)
+    keyframe = make_keyframe(dark, walk.depth_m[0].numpy())
+    fit = align(keyframe, pictures(walk.images[3].numpy(), K), [np.eye(4)])
+    angle, _ = errors(fit.T_camera_key, motion(walk, 0, 3), keyframe.median_depth)
+    assert angle < 0.4 and fit.explained > 0.8
+
+
+@pytest.mark.parametrize('size_hw', [(8, 112), (112, 8), (15, 15), (2, 2)])
+def test_narrow_images_have_levels_that_can_be_looked_at(size_hw):
+    rgb = np.random.default_rng(0).integers(0, 256, (*size_hw, 3), np.uint8)
+    K = np.array([[50.0, 0, size_hw[1] / 2], [0, 50, size_hw[0] / 2], [0, 0, 1]])
+    levels = pictures(rgb, K)
+    fit = align(make_keyframe(levels, np.ones(size_hw)), levels, [np.eye(4)])
+    assert np.isfinite(fit.T_camera_key).all()
+    assert make_keyframe(pictures(rgb[:1], K), np.ones((1, size_hw[1]))) is None
 
 
 def test_the_best_guess_is_where_the_search_begins(walk):
@@ -100,6 +122,12 @@ def test_large_images_are_aligned_at_a_size_that_costs_no_more():
     rgb = np.random.default_rng(0).integers(0, 256, (392, 518, 3), np.uint8)
     sizes = [p.brightness.shape for p in pictures(rgb, np.eye(3))]
     assert sizes == [(98, 129), (49, 64), (24, 32), (12, 16)]
+    depth = np.arange(392)[:, None] + np.ones((1, 518))
+    coarsest = make_keyframe(pictures(rgb, np.eye(3)), depth).levels[-1]
+    rows = coarsest.points[2].reshape(12, 16)[:, 0] * np.median(depth)
+    np.testing.assert_allclose(
+        rows, 17 + 32 * np.arange(12), rtol=1e-5
+    )  # the middle of its 32 rows
 
 
 def predictions(walk, seed=0, depth_error=0.05):
@@ -142,6 +170,30 @@ def test_a_new_session_starts_anew_and_one_keyframe_is_all_that_is_kept(walk):
     again = [refiner.refine(p).T_world_camera for p in predictions(walk)]
     assert all(torch.equal(a, b) for a, b in zip(first, again))
     assert {name: np.shape(value) for name, value in vars(refiner).items()} == kept
+
+
+def test_a_session_whose_first_image_is_lost_knows_nothing_of_the_one_before(walk):
+    refiner, stated = PoseRefiner(), list(predictions(walk))
+    for prediction in stated[:5]:
+        refiner.refine(prediction)
+    lost = dataclasses.replace(stated[0], T_world_camera=torch.full((4, 4), math.nan))
+    assert refiner.refine(lost) is lost
+    assert refiner.refine(stated[1]) is stated[1]
+    fresh = PoseRefiner()
+    fresh.refine(stated[1])
+    for prediction in stated[2:8]:
+        a, b = (r.refine(prediction).T_world_camera for r in (refiner, fresh))
+        assert torch.equal(a, b)
+
+
+def test_poses_stay_rigid_however_long_the_stream(walk):
+    refiner, stated = PoseRefiner(), list(predictions(walk))
+    there_and_back = [*range(1, 30), *range(28, 0, -1)] * 20
+    refiner.refine(stated[0])
+    for index, frame in enumerate(there_and_back, 1):
+        T = refiner.refine(dataclasses.replace(stated[frame], index=index)).T_world_camera.double()
+    torch.testing.assert_close(T[:3, :3] @ T[:3, :3].mT, torch.eye(3).double(), atol=1e-6, rtol=0)
+    assert errors(T.numpy(), motion(walk, 1, 0), 1)[0] < 20  # it drifts, and does not run away
 
 
 def test_where_images_do_not_agree_the_motion_is_the_networks(walk):
