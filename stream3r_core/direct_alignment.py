@@ -42,6 +42,7 @@ class KeyLevel:
     points: np.ndarray  # [3, N] in the keyframe's camera, in units of its median depth
     brightness: np.ndarray  # [N]
     jacobian: np.ndarray  # [8, N] of the brightness by translation, rotation, gain and offset
+    K: np.ndarray  # [3, 3] pixels
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def _key_level(picture: Picture, depth: np.ndarray) -> KeyLevel:
     value = brightness[seen]
     turn = np.cross(points, gradient, axis=0)
     jacobian = np.concatenate([gradient, turn, value[None], np.ones_like(value)[None]])
-    return KeyLevel(points, value, jacobian.astype(np.float32))
+    return KeyLevel(points, value, jacobian.astype(np.float32), K)
 
 
 def align(keyframe: Keyframe, levels: Sequence[Picture], guesses: Sequence[np.ndarray]) -> Fit:
@@ -150,7 +151,7 @@ class _Errors(NamedTuple):
     @classmethod
     def at(cls, level: KeyLevel, picture: Picture, T: np.ndarray, light: np.ndarray) -> '_Errors':
         """Project the keyframe into the image and compare."""
-        value, shown = _seen_at(picture, level.points, T.astype(np.float32))
+        value, shown = _seen_at(picture.brightness, level, T.astype(np.float32))
         gain, offset = light.astype(np.float32)
         error = value - (1 + gain) * level.brightness - offset
         spread = _FLOOR
@@ -196,11 +197,16 @@ def _mean(values: np.ndarray) -> float:
     return float(values.mean()) if len(values) else 0.0
 
 
-def _seen_at(picture: Picture, points: np.ndarray, T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Brightness [N] where points [3, N] project to, and whether that is in the image."""
-    brightness, K, _ = picture
+def _seen_at(
+    brightness: np.ndarray, level: KeyLevel, T: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Brightness [N] where the keyframe's pixels project to, and whether that is in the image.
+
+    The lens is the keyframe's: one camera has one, while predicted ones differ by the frame.
+    """
     height, width = brightness.shape
-    x, y, z = T[:3, :3] @ points + T[:3, 3:]
+    x, y, z = T[:3, :3] @ level.points + T[:3, 3:]
+    K = level.K
     in_front = z > _NEAREST
     z = np.maximum(z, _NEAREST)
     x = x / z * np.float32(K[0, 0]) + np.float32(K[0, 2])

@@ -66,7 +66,7 @@ def test_two_images_say_how_the_camera_has_moved_whatever_the_light(walk, change
 
 
 def test_a_bright_image_of_a_dark_keyframe_is_no_riddle(walk):
-    """A step that knew nothing of the gain would overshoot, and diverge from twice the light on."""
+    """A step that knew nothing of the gain would overshoot, and diverge from twice the light."""
     K = walk.K.numpy()
     dark = pictures(lit(0.3, 0)(walk.images[0].numpy()), K)
     keyframe = make_keyframe(dark, walk.depth_m[0].numpy())
@@ -161,6 +161,22 @@ def test_a_refined_walk_is_many_times_nearer_to_the_truth(walk):
     assert refiner.num_unaligned == 0
     assert (after < before / 4).all(), (before, after)
     assert all(a.depth is b.depth and a.stamp_ns == b.stamp_ns for a, b in zip(stated, refined))
+
+
+def test_a_lens_that_is_guessed_anew_for_each_image_does_not_move_the_camera(walk):
+    """Without camera_info every frame has its own intrinsics; only those of keyframes count."""
+    plain, shaky = list(predictions(walk)), []
+    for prediction in plain:
+        K = prediction.K.clone()
+        K[0, 0] *= 1 + 0.05 * math.sin(3.0 * prediction.index)
+        K[1, 1] *= 1 + 0.05 * math.sin(3.0 * prediction.index)
+        shaky.append(dataclasses.replace(prediction, K=K))
+    one, other = PoseRefiner(), PoseRefiner()
+    after = [
+        path_errors(walk, [refiner.refine(p).T_world_camera.numpy() for p in stream])
+        for refiner, stream in ((one, plain), (other, shaky))
+    ]
+    assert (after[1] < 3 * after[0] + 0.02).all(), after
 
 
 def test_a_new_session_starts_anew_and_one_keyframe_is_all_that_is_kept(walk):

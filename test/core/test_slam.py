@@ -9,7 +9,7 @@ import torch
 from backend_walks import ate
 from safetensors.numpy import load as load_bytes
 from safetensors.numpy import load_file as load
-from scripted_walks import config, returning_walk, scripted
+from scripted_walks import FRAMES, config, returning_walk, scripted
 
 from stream3r_core.backend import sim3
 from stream3r_core.backend.map_file import pack_map
@@ -122,6 +122,31 @@ def test_an_error_that_is_none_of_memory_still_ends_the_back_end(walk, monkeypat
     mapper = SubmapReconstructor(network, config())
     with pytest.raises(RuntimeError, match='illegal memory access'):
         mapper.feed(scripted_image(0), 1)
+
+
+def test_every_frame_of_every_submap_is_refined(walk):
+    mapper, seen = make_reconstructor(scripted(walk), config()), []
+
+    class Moving:
+        num_unaligned = 7
+
+        def refine(self, prediction):
+            seen.append(prediction.index)
+            T = prediction.T_world_camera.clone()
+            T[2, 3] += 100
+            return dataclasses.replace(prediction, T_world_camera=T)
+
+    plain = make_reconstructor(scripted(walk), config())
+    mapper._refiner = Moving()
+    for i in range(20):
+        image = scripted_image(i), int(walk.stamps_ns[i])
+        (moved,), (stated,) = mapper.feed(*image), plain.feed(*image)
+        if i < FRAMES:  # of the first submap, which lies where its session says
+            torch.testing.assert_close(
+                moved.T_world_camera[2, 3], stated.T_world_camera[2, 3] + 100, atol=1e-3, rtol=0
+            )
+    assert seen.count(0) == 2 and len(seen) > 20  # the overlap is seen again
+    assert mapper.figures()['images_unaligned'] == 7
 
 
 def test_without_a_back_end_nothing_changes(walk):
