@@ -73,7 +73,11 @@ def main() -> None:
         '--fov-deg', nargs=2, type=float, default=(58.0, 66.0), help='horizontal, from and to'
     )
     parser.add_argument(
-        '--room-half-m', nargs=2, type=float, default=(2.2, 3.4), help='half the room, from and to'
+        '--room-half-m',
+        nargs=2,
+        type=float,
+        default=(2.2, 3.4),
+        help='half the room of the clips, from and to; that of the stream has 1.5 to 3.5',
     )
     parser.add_argument(
         '--motion', choices=tuple(MOTIONS), default='calm', help='how the camera is carried'
