@@ -52,7 +52,7 @@ def test_the_naive_path_gives_the_answers_of_the_fast_one(model, window):
         assert_same(naive.step_tensor(image), fast.step_tensor(image), 1e-5)
 
 
-@pytest.mark.parametrize(('kv_dtype', 'tolerance'), [('model', 2e-5), ('int8', 2e-2)])
+@pytest.mark.parametrize(('kv_dtype', 'tolerance'), [('model', 1e-4), ('int8', 2e-2)])
 def test_the_naive_path_gives_the_answers_of_the_fast_one_over_a_long_cache(
     model, monkeypatch, kv_dtype, tolerance
 ):
