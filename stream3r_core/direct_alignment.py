@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from stream3r_core.backend import sim3
+
 LARGEST, SMALLEST = 160, 14  # longer side of the finest and of the coarsest level, pixels
 NARROWEST = 4  # shorter side of the coarsest level, pixels
 STEPS = 12  # at most, on each level
@@ -224,13 +226,8 @@ def _seen_at(
 
 def _inverse_motion(step: np.ndarray) -> np.ndarray:
     """Inverse [4, 4] of a small motion: translation and rotation vector [6]."""
-    angle = float(np.linalg.norm(step[3:]))
-    x, y, z = step[3:] / max(angle, 1e-12)
-    W = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
-    R = np.eye(3) - np.sin(angle) * W + (1 - np.cos(angle)) * (W @ W)  # the transpose of Rodrigues
-    T = np.eye(4)
-    T[:3, :3], T[:3, 3] = R, -R @ step[:3]
-    return T
+    R = sim3.rotation_exp(-step[3:])
+    return sim3.from_parts(1.0, R, -R @ step[:3])
 
 
 def _with_translation(T: np.ndarray, scale: float) -> np.ndarray:

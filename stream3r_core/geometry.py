@@ -8,7 +8,6 @@ Pixel convention of the published networks: a pixel is addressed by its integer 
 principal point lies at (width / 2, height / 2).
 """
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -58,13 +57,6 @@ def _se3(R: Tensor, t: Tensor) -> Tensor:
     T = F.pad(torch.cat([R, t.unsqueeze(-1)], -1), (0, 0, 0, 1))
     T[..., 3, 3] = 1
     return T
-
-
-def nearest_rotation(M: np.ndarray) -> np.ndarray:
-    """Rotation [3, 3] nearest to a matrix: float32 poses are not orthogonal to 1e-12."""
-    U, _, Vh = np.linalg.svd(M)
-    U[:, 2] *= np.sign(np.linalg.det(U @ Vh))
-    return U @ Vh
 
 
 def invert_se3(T: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from stream3r_core.image import prepare_photos
 from stream3r_core.int8_weights import with_int8_weights
 from stream3r_core.kernels.processor import has_bfloat16
 from stream3r_core.mapping import VoxelMap
-from stream3r_core.refinement import PoseRefiner, refines
+from stream3r_core.refinement import AsStated, PoseRefiner, refines
 from stream3r_core.session import StreamSession, to_prediction
 from stream3r_core.types import FramePrediction
 from stream3r_core.uncertainty import Uncertainty, uncertainty_name
@@ -67,10 +67,9 @@ class Reconstructor:
         return self._map(self.session.flush())
 
     def _map(self, predictions: list[FramePrediction]) -> list[FramePrediction]:
-        predictions = [prediction.to('cpu') for prediction in predictions]
-        if self.refiner is not None:
-            predictions = [self.refiner.refine(prediction) for prediction in predictions]
-        predictions = [self._in_world(prediction) for prediction in predictions]
+        predictions = [
+            self._in_world(self.refiner.refine(prediction.to('cpu'))) for prediction in predictions
+        ]
         for prediction in predictions:
             if not prediction.still:
                 self.map.integrate(prediction)
@@ -93,7 +92,7 @@ class Reconstructor:
 
     def figures(self) -> dict[str, int]:
         """Return what was done so far beside sessions and map."""
-        return refinement_figures(self.refiner)
+        return self.refiner.figures()
 
     def close(self) -> None:
         """Nothing to end: no thread of its own."""
@@ -142,15 +141,10 @@ def make_session(model, config: CoreConfig) -> StreamSession:
     )
 
 
-def make_refiner(model, config: CoreConfig) -> PoseRefiner | None:
-    """Return what refines the poses of a session, if the configuration asks for it."""
+def make_refiner(model, config: CoreConfig) -> PoseRefiner | AsStated:
+    """Return what refines the poses of a session, or leaves them as they are."""
     wanted = refines(model.config, config.refinement)
-    return PoseRefiner(config.refinement) if wanted else None
-
-
-def refinement_figures(refiner: PoseRefiner | None) -> dict[str, int]:
-    """Return what a refiner has done so far, by the names of /diagnostics."""
-    return {} if refiner is None else {'images_unaligned': refiner.num_unaligned}
+    return PoseRefiner(config.refinement) if wanted else AsStated()
 
 
 def known_uncertainty(model, config: CoreConfig) -> Uncertainty | None:

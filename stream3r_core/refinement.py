@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stream3r_core.backend import sim3
 from stream3r_core.config import PRESETS, ModelConfig, RefinementConfig
 from stream3r_core.direct_alignment import (
     Fit,
@@ -21,8 +22,20 @@ from stream3r_core.direct_alignment import (
     make_keyframe,
     pictures,
 )
-from stream3r_core.geometry import invert_se3, nearest_rotation, transform_points
+from stream3r_core.geometry import invert_se3, transform_points
 from stream3r_core.types import FramePrediction
+
+
+class AsStated:
+    """Leaves poses as the network states them; used like :class:`PoseRefiner`."""
+
+    def refine(self, prediction: FramePrediction) -> FramePrediction:
+        """Return the prediction."""
+        return prediction
+
+    def figures(self) -> dict[str, int]:
+        """Nothing was done."""
+        return {}
 
 
 def refines(model_config: ModelConfig, config: RefinementConfig) -> bool:
@@ -43,14 +56,15 @@ class PoseRefiner:
         self.config = config or RefinementConfig()
         self.num_unaligned = 0  # images whose motion is the network's own
         self._index = -1  # of the newest image in its session
-        self._stated: np.ndarray | None = (
-            None  # T_world_camera of the newest image; None: none yet
-        )
-        self._refined = np.eye(4)  # of the same
+        # T_world_camera of the newest image, by the network (None: there is none) and refined
+        self._stated: np.ndarray | None = None
+        self._refined = np.eye(4)
+        self._T_camera_key = self._T_camera_earlier = np.eye(
+            4
+        )  # of it to keyframe and image before
         self._key: Keyframe | None = None
         self._shape: tuple[int, ...] = ()
         self._T_world_key = self._stated_key = np.eye(4)
-        self._T_camera_key = self._T_earlier_key = np.eye(4)  # of the newest two images
 
     def refine(self, prediction: FramePrediction) -> FramePrediction:
         """Return the prediction with the pose that its image agrees with."""
@@ -60,24 +74,28 @@ class PoseRefiner:
         stated = prediction.T_world_camera.double().numpy()
         if not np.isfinite(stated).all():
             return prediction  # for others to refuse
-        stated = _rigid(stated)
+        stated, levels = sim3.nearest_rigid(stated), _pictures(prediction)
         if self._stated is None:
-            self._T_camera_key = self._T_earlier_key = np.eye(4)
-            self._begin(prediction, _pictures(prediction), stated, stated)
+            self._T_camera_earlier = np.eye(4)
+            self._begin(prediction, levels, stated, stated)
             return prediction
-        levels = _pictures(prediction)
         fit = self._fit(prediction, levels, stated)
         if fit is not None:
-            T = _rigid(self._T_world_key @ np.linalg.inv(fit.T_camera_key))
-            self._T_earlier_key, self._T_camera_key = self._T_camera_key, fit.T_camera_key
+            T = sim3.nearest_rigid(self._T_world_key @ np.linalg.inv(fit.T_camera_key))
+            self._T_camera_earlier = fit.T_camera_key @ np.linalg.inv(self._T_camera_key)
+            self._T_camera_key = fit.T_camera_key
         else:
             self.num_unaligned += 1
-            T = _rigid(self._refined @ np.linalg.inv(self._stated) @ stated)
-            self._T_earlier_key = self._T_camera_key
+            T = sim3.nearest_rigid(self._refined @ np.linalg.inv(self._stated) @ stated)
+            self._T_camera_earlier = np.eye(4)
         if fit is None or fit.overlap < self.config.min_overlap:
             self._begin(prediction, levels, stated, T)
         self._stated, self._refined = stated, T
         return _placed(prediction, torch.from_numpy(T).float())
+
+    def figures(self) -> dict[str, int]:
+        """Return what was done so far, by the names of /diagnostics."""
+        return {'images_unaligned': self.num_unaligned}
 
     def _fit(
         self, prediction: FramePrediction, levels: list[Picture], stated: np.ndarray
@@ -101,8 +119,7 @@ class PoseRefiner:
         T_world_camera: np.ndarray,
     ) -> None:
         """Make an image the keyframe; the motion up to it goes on in the next guess."""
-        moved = self._T_camera_key @ np.linalg.inv(self._T_earlier_key)
-        self._T_camera_key, self._T_earlier_key = np.eye(4), np.linalg.inv(moved)
+        self._T_camera_key = np.eye(4)
         area = prediction.geometry.camera_area()
         self._key = make_keyframe(levels, prediction.depth.numpy()[area])
         self._shape = tuple(prediction.depth.shape)
@@ -111,9 +128,9 @@ class PoseRefiner:
 
     def _guesses(self, stated: np.ndarray) -> list[np.ndarray]:
         """T_camera_key of a camera that moves on, of one that stands, as the network has it."""
-        moved = self._T_camera_key @ np.linalg.inv(self._T_earlier_key)
+        moves_on = sim3.nearest_rigid(self._T_camera_earlier @ self._T_camera_key)
         as_stated = np.linalg.inv(stated) @ self._stated_key
-        return [_rigid(moved @ self._T_camera_key), self._T_camera_key, as_stated]
+        return [moves_on, self._T_camera_key, as_stated]
 
 
 def _pictures(prediction: FramePrediction) -> list[Picture]:
@@ -122,13 +139,6 @@ def _pictures(prediction: FramePrediction) -> list[Picture]:
     K = prediction.K.numpy().copy()
     K[:2, 2] -= columns.start, rows.start
     return pictures(prediction.rgb.numpy()[area], K)
-
-
-def _rigid(T: np.ndarray) -> np.ndarray:
-    """Nearest rigid transform [4, 4]: products of many would not stay one."""
-    T = T.copy()
-    T[:3, :3] = nearest_rotation(T[:3, :3])
-    return T
 
 
 def _placed(prediction: FramePrediction, T_world_camera: Tensor) -> FramePrediction:

@@ -21,12 +21,7 @@ from stream3r_core.backend.worker import BackendWorker
 from stream3r_core.config import CoreConfig, MappingConfig
 from stream3r_core.errors import ConfigError, DataError, InputError, NotLocalizedError
 from stream3r_core.gpu_memory import free_gpu_memory
-from stream3r_core.pipeline import (
-    Reconstructor,
-    make_refiner,
-    make_session,
-    refinement_figures,
-)
+from stream3r_core.pipeline import Reconstructor, make_refiner, make_session
 from stream3r_core.types import FramePrediction
 
 
@@ -162,7 +157,7 @@ class SubmapReconstructor:
             self._restart()
         elif self._is_full:
             self._begin_submap()
-        prediction = self._refined(self.session.step(image, stamp_ns, K).to('cpu'))
+        prediction = self._step(image, stamp_ns, K)
         self._check_size(prediction)
         reason = self._policy.reason(prediction)
         if reason == 'pose':
@@ -182,8 +177,8 @@ class SubmapReconstructor:
             )
         return [self._in_map(prediction)]
 
-    def _refined(self, prediction: FramePrediction) -> FramePrediction:
-        return prediction if self._refiner is None else self._refiner.refine(prediction)
+    def _step(self, image, stamp_ns: int | None, K) -> FramePrediction:
+        return self._refiner.refine(self.session.step(image, stamp_ns, K).to('cpu'))
 
     def _take(self, prediction: FramePrediction, frame_id: int) -> None:
         update = self.backend.track(prediction, frame_id, self._sense(prediction))
@@ -212,8 +207,7 @@ class SubmapReconstructor:
         self.session.reset()
         self._policy.reset()
         for seen in self._recent:
-            prediction = self.session.step(seen.image, seen.stamp_ns, seen.K).to('cpu')
-            prediction = self._refined(prediction)
+            prediction = self._step(seen.image, seen.stamp_ns, seen.K)
             if self._policy.reason(prediction) == 'pose':
                 self._restart()
                 return
@@ -278,7 +272,7 @@ class SubmapReconstructor:
             'corrections': self.num_moves,
             'backend_pending': 0 if self._worker is None else self._worker.num_pending,
             'backend_out_of_memory': self._witness.num_out_of_memory,
-            **refinement_figures(self._refiner),
+            **self._refiner.figures(),
         }
 
     def trajectory(

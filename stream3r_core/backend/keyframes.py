@@ -8,7 +8,7 @@ import torch
 from stream3r_core.backend import sim3
 from stream3r_core.backend.config import KeyframeConfig
 from stream3r_core.errors import InputError
-from stream3r_core.geometry import nearest_rotation, unproject
+from stream3r_core.geometry import unproject
 from stream3r_core.types import FramePrediction
 
 
@@ -88,7 +88,7 @@ def to_keyframe(
         raise InputError(
             f'frame {frame_id} has no finite pose; reset the session and start a new submap'
         )
-    T = sim3.from_parts(1.0, nearest_rotation(T[:3, :3]), T[:3, 3])
+    T = sim3.nearest_rigid(T)
     depth, confidence, K = sample_grid(
         prediction.depth.cpu().numpy(),
         prediction.depth_conf.cpu().numpy(),

@@ -15,7 +15,6 @@ from stream3r_core.backend.submap import Submap
 from stream3r_core.backend.verification import PairPredictor, moved_covariance
 from stream3r_core.config import MappingConfig
 from stream3r_core.errors import DataError, InputError
-from stream3r_core.geometry import nearest_rotation
 
 _AFAR = 1_000_000  # submaps between the map and this run: none is excluded from the search
 _SUPPORT_TO_JUMP = 3  # sightings that must agree against a place that is known
@@ -69,7 +68,7 @@ class Localizer(SubmapBackend):
     def propose_loop(self, i: int, j: int, S_i_j: np.ndarray, covariance: np.ndarray) -> None:
         """Take a sighting from elsewhere: submap ``j`` of this run in submap ``i`` of the map."""
         S = self.atlas.S_map_submap(i) @ S_i_j
-        R = nearest_rotation(sim3.rotation_of(S))  # networks answer in float32
+        R = sim3.nearest_rotation(sim3.rotation_of(S))  # networks answer in float32
         self._sight(j, Sighting(sim3.from_parts(sim3.scale_of(S), R, S[:3, 3]), covariance))
 
     def trajectory(self, corrected: bool = True, newest: int | None = None):

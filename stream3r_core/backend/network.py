@@ -46,9 +46,7 @@ class NetworkWitness:
         # Outside the handler: the exception holds the tensors of the question.
         self.num_out_of_memory += 1
         free_gpu_memory(self._model.device)
-        if (
-            self.num_out_of_memory & (self.num_out_of_memory - 1) == 0
-        ):  # 1, 2, 4, 8: a log has an end
+        if self.num_out_of_memory.bit_count() == 1:  # 1, 2, 4, 8 and so on: a log has an end
             _log.warning(
                 'the back end has skipped %d revisits for want of GPU memory (%s): leave the node '
                 'more (model.max_gpu_memory), or use smaller images',

@@ -56,6 +56,18 @@ def act(S_a_b: np.ndarray, points_b: np.ndarray) -> np.ndarray:
     return points_b @ np.swapaxes(S_a_b[..., :3, :3], -1, -2) + S_a_b[..., None, :3, 3]
 
 
+def nearest_rotation(M: np.ndarray) -> np.ndarray:
+    """Rotation [3, 3] nearest to a matrix: float32 poses are not orthogonal to 1e-12."""
+    U, _, Vh = np.linalg.svd(M)
+    U[:, 2] *= np.sign(np.linalg.det(U @ Vh))
+    return U @ Vh
+
+
+def nearest_rigid(T: np.ndarray) -> np.ndarray:
+    """Rigid transform [4, 4] nearest to a matrix: products of many would not stay one."""
+    return from_parts(1.0, nearest_rotation(T[:3, :3]), T[:3, 3])
+
+
 def hat(v: np.ndarray) -> np.ndarray:
     """Skew matrices [..., 3, 3] whose product with w is the cross product of v and w."""
     matrix = np.zeros((*v.shape[:-1], 3, 3))

@@ -89,11 +89,10 @@ def watched(reconstructor: Reconstructor, clock: StageClock) -> Iterator[None]:
         for owner, name, stage in (
             (session, '_prepared', 'preprocess'),
             *((cache, name, 'cache') for cache in _caches(session) for name in _CACHE_WORK),
+            (reconstructor.refiner, 'refine', 'refine'),
             (reconstructor.map, 'integrate', 'map'),
         ):
             stack.enter_context(_wrapped(owner, name, stage, clock))
-        if reconstructor.refiner is not None:
-            stack.enter_context(_wrapped(reconstructor.refiner, 'refine', 'refine', clock))
         yield
 
 

@@ -238,8 +238,9 @@ def calibrate(weights: Path, modes: Sequence[str], rooms: int) -> Path:
     check_samples = stream_rooms(model, modes, CHECK_SEED, rooms)
     nonsense = {mode: nonsense_confidence(model, mode, FIT_SEED, 1 + rooms // 4) for mode in modes}
     fitted = {
-        name: fit_uncertainty(samples, nonsense[name.partition('+')[0]])
-        for name, samples in fit_samples.items()
+        (name := uncertainty_name(mode, refined)): fit_uncertainty(fit_samples[name], said)
+        for mode, said in nonsense.items()
+        for refined in (False, True)
     }
     checked = {
         name: {

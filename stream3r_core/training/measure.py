@@ -16,6 +16,7 @@ from stream3r_core.synthetic import SyntheticSequence, render_sequence
 from stream3r_core.training.data import HELD_OUT_SEED, DataMixture
 from stream3r_core.training.settings import MOTIONS, StageConfig, TrainingConfig
 from stream3r_core.training.validation import angle_deg, validate
+from stream3r_core.types import FramePrediction
 from stream3r_core.uncertainty import uncertainty_name
 
 STREAM_SEED = HELD_OUT_SEED + 1_000_000
@@ -28,17 +29,25 @@ def measure_clips(model: CausalVGGT, scenes: int, frames: int, family: StageConf
 
 
 def measure_stream(
-    model: CausalVGGT, sequence: SyntheticSequence, mode: str, refine: bool, bins: int = 10
+    model: CausalVGGT, sequence: SyntheticSequence, mode: str
+) -> dict[str, list[dict[str, float]]]:
+    """Return the errors along one stream, as the network states its poses and refined."""
+    session, refiner = StreamSession(model, mode=mode, outputs=('depth',)), PoseRefiner()
+    stated = [session.step(image).to('cpu') for image in sequence.images]
+    refined = [refiner.refine(answer) for answer in stated]
+    return {
+        uncertainty_name(mode, is_refined): errors_along(sequence, answers)
+        for is_refined, answers in ((False, stated), (True, refined))
+    }
+
+
+def errors_along(
+    sequence: SyntheticSequence, answers: list[FramePrediction], bins: int = 10
 ) -> list[dict[str, float]]:
     """Return how the errors of one stream grow with the frame index, in ``bins`` parts.
 
     Depth and positions share the one scale of the first part: a drifting scale is an error here.
     """
-    session = StreamSession(model, mode=mode, outputs=('depth',))
-    answers = [session.step(image).to('cpu') for image in sequence.images]
-    if refine:
-        refiner = PoseRefiner()
-        answers = [refiner.refine(answer) for answer in answers]
     path = invert_se3(sequence.T_world_camera[:1]) @ sequence.T_world_camera
     estimate = torch.stack([a.T_world_camera for a in answers])
     truth = [_at_size(d, a.depth.shape) for d, a in zip(sequence.depth_m, answers)]
@@ -114,11 +123,9 @@ def main() -> None:
             fov_deg=sum(family.fov_deg) / 2,
             motion=MOTIONS[options.motion],
         )
-        result['stream'] = {
-            uncertainty_name(mode, refine): measure_stream(model, sequence, mode, refine)
-            for mode in options.modes
-            for refine in (False, True)
-        }
+        result['stream'] = {}
+        for mode in options.modes:
+            result['stream'] |= measure_stream(model, sequence, mode)
     print(json.dumps(result, indent=1))
 
 

@@ -128,7 +128,8 @@ def test_every_frame_of_every_submap_is_refined(walk):
     mapper, seen = make_reconstructor(scripted(walk), config()), []
 
     class Moving:
-        num_unaligned = 7
+        def figures(self):
+            return {'images_unaligned': 7}
 
         def refine(self, prediction):
             seen.append(prediction.index)
